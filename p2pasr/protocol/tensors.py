@@ -1,0 +1,117 @@
+"""Named arrays as safetensors files with exactly one encoding.
+
+The safetensors library writes a valid file, but which of several valid ones may change between its
+versions. States and checkpoints are agreed on by digest, so here the layout is fixed: the header's
+keys ascend, the data lies without gaps, wider elements first (so that each array is aligned) and by
+name among equals, one metadata entry holds JSON with sorted keys, and spaces pad the header to a
+multiple of eight. Any safetensors reader loads it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from p2pasr.errors import Reject
+
+Tensors = dict[str, npt.NDArray[Any]]
+"""Name → C-contiguous array."""
+
+METADATA_KEY: Final = "p2pasr"
+MAX_HEADER_BYTES: Final = 16 << 20
+"""Longest header that is parsed; a shard of 10,000 clips needs a few kilobytes."""
+
+_TO_NAME: Final = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(np.int64): "I64",
+    np.dtype(np.int32): "I32",
+    np.dtype(np.int8): "I8",
+    np.dtype(np.uint8): "U8",
+}
+_FROM_NAME: Final = {name: dtype for dtype, name in _TO_NAME.items()}
+
+
+def pack_tensors(tensors: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any]) -> bytes:
+    """The canonical safetensors bytes of named arrays and a JSON-able description.
+
+    Raises:
+        TypeError: an array's dtype is not float32, float16, int64, int32, int8 or uint8.
+    """
+    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: _json(meta)}}
+    pieces: list[bytes] = []
+    offset = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
+        array = tensors[name]
+        if array.dtype not in _TO_NAME:
+            raise TypeError(f"tensor {name!r} has dtype {array.dtype}, which has no canonical encoding")
+        data = array.tobytes(order="C")
+        header[name] = {
+            "dtype": _TO_NAME[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + len(data)],
+        }
+        pieces.append(data)
+        offset += len(data)
+    head = _json(header).encode()
+    head += b" " * (-len(head) % 8)
+    return b"".join([len(head).to_bytes(8, "little"), head, *pieces])
+
+
+def unpack_tensors(data: bytes | memoryview) -> tuple[Tensors, dict[str, Any]]:
+    """Read bytes that :func:`pack_tensors` wrote.
+
+    Every length is checked against the bytes that are there before an array is made; the arrays are
+    read-only views of `data`.
+
+    Raises:
+        Reject: the bytes are not the canonical layout.
+    """
+    view = memoryview(data)
+    if len(view) < 8:
+        raise Reject("a tensor file is shorter than its own header")
+    length = int.from_bytes(view[:8], "little")
+    if length > min(MAX_HEADER_BYTES, len(view) - 8):
+        raise Reject(f"a tensor file announces a header of {length} bytes")
+    try:
+        header = json.loads(bytes(view[8 : 8 + length]))
+        meta = json.loads(header.pop("__metadata__")[METADATA_KEY])
+        tensors = _arrays(header, view[8 + length :])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Reject(f"a tensor file has a malformed header ({type(error).__name__}: {error})") from None
+    if not isinstance(meta, dict):
+        raise Reject("a tensor file's description is not a map")
+    return tensors, meta
+
+
+def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """Map a file that :func:`pack_tensors` wrote; arrays are read from disk as they are touched."""
+    return unpack_tensors(memoryview(np.memmap(path, dtype=np.uint8, mode="r")))
+
+
+def _arrays(header: dict[str, Any], body: memoryview) -> Tensors:
+    dtypes = {name: _FROM_NAME[entry["dtype"]] for name, entry in header.items()}
+    tensors: Tensors = {}
+    offset = 0
+    for name in sorted(header, key=lambda name: (-dtypes[name].itemsize, name)):
+        shape = tuple(header[name]["shape"])
+        if not all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
+            raise ValueError(f"{name!r} has the shape {shape}")
+        end = offset + math.prod(shape) * dtypes[name].itemsize
+        if header[name]["data_offsets"] != [offset, end] or end > len(body):
+            raise ValueError(f"{name!r} does not lie where its shape says")
+        tensors[name] = np.frombuffer(body[offset:end], dtype=dtypes[name]).reshape(shape)
+        offset = end
+    if offset != len(body):
+        raise ValueError(f"{len(body) - offset} bytes follow the last array")
+    return tensors
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)

@@ -1,0 +1,365 @@
+"""Turn a folder of recordings into shards: `p2pasr data prepare`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from p2pasr.errors import LocalError
+from p2pasr.protocol.encoding import blob_digest
+from p2pasr.speech.audio import ClipLimits, RefusedClip, read_clip
+from p2pasr.speech.mel import log_mel
+from p2pasr.speech.pretrained import Frontend, frontend
+from p2pasr.speech.shards import Clip, Features, pack_shard, speaker_hash
+from p2pasr.speech.text import label_ids
+
+INDEX = "index.json"
+INDEX_FORMAT = "p2pasr-shards/1"
+SALT = "speaker-salt"
+POOL_FROM_JOBS = 4
+"""With fewer shards than this, starting worker processes takes longer than they save."""
+
+AUDIO_COLUMNS = ("audio", "file_name", "path")
+TEXT_COLUMNS = ("text", "transcription", "sentence")
+SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the input: a recording and what is said in it."""
+
+    number: int
+    audio: str
+    text: str
+    speaker: str
+    dialect: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A row that did not enter a shard, and why."""
+
+    row: int
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """One shard in the index of a folder of shards."""
+
+    digest: str
+    bytes: int
+    clips: int
+    seconds: float
+    dialect: str
+
+    @property
+    def file(self) -> str:
+        """Name of the shard's file in its folder."""
+        return f"{self.digest}.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How recordings become shards.
+
+    Attributes:
+        model: the Whisper model whose features and tokens are wanted, a folder or a hub id.
+        dialect: dialect code of rows that name none.
+        window_seconds: a window shorter than the model's own; None for its whole.
+        clips_per_shard: clips in a shard, refused ones included.
+        strict: stop at the first clip that is refused.
+    """
+
+    model: str
+    dialect: str = "cmn"
+    revision: str | None = None
+    window_seconds: float | None = None
+    clips_per_shard: int = 64
+    strict: bool = False
+
+
+@dataclass(slots=True)
+class ShardIndex:
+    """What a folder of shards holds; kept as `index.json` beside them."""
+
+    model: str
+    features: Features
+    shards: list[ShardEntry] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    done: dict[str, list[str]] = field(default_factory=dict)
+    """Digest of a batch of input rows → the shard made of it, so that work resumes where it stopped."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of audio in all shards."""
+        return sum(shard.seconds for shard in self.shards)
+
+    @property
+    def clips(self) -> int:
+        """Clips in all shards."""
+        return sum(shard.clips for shard in self.shards)
+
+    def save(self, folder: Path) -> None:
+        """Write the index, replacing the old one in one step."""
+        content = {"format": INDEX_FORMAT, **asdict(self)}
+        _write_atomically(folder / INDEX, json.dumps(content, ensure_ascii=False, indent=1).encode())
+
+
+def read_index(folder: Path) -> ShardIndex:
+    """Read the index of a folder of shards.
+
+    Raises:
+        LocalError: there is none, or it is not one of ours.
+    """
+    path = folder / INDEX
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("format") != INDEX_FORMAT:
+            raise ValueError(f"its format is not {INDEX_FORMAT}")
+        return ShardIndex(
+            model=content["model"],
+            features=Features(**content["features"]),
+            shards=[ShardEntry(**entry) for entry in content["shards"]],
+            refused=[Refusal(**entry) for entry in content["refused"]],
+            done=content["done"],
+        )
+    except FileNotFoundError as error:
+        raise LocalError(f"{folder} holds no shards: make them with p2pasr data prepare IN --out {folder}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LocalError(f"{path} is damaged ({error}); delete it and run p2pasr data prepare again") from error
+
+
+def prepare(
+    source: Path, out: Path, settings: Settings, on_progress: Callable[[int, int], None] | None = None
+) -> ShardIndex:
+    """Make shards of every recording listed in `source`.
+
+    Uses all cores. What an earlier, interrupted call finished is kept, as long as the recordings,
+    transcripts and settings are the same.
+
+    Args:
+        source: a folder with `labels.json` (a list of {"audio", "text"} with optional "speaker" and
+            "dialect") or `metadata.csv` with the same columns; audio paths are relative to it.
+        out: folder for the shards and their index.
+        on_progress: called with (rows done, rows in all).
+
+    Raises:
+        LocalError: nothing to read, nothing usable, or with `strict` the first refused clip.
+    """
+    rows = read_rows(source, settings.dialect)
+    out.mkdir(parents=True, exist_ok=True)
+    part = frontend(settings.model, settings.revision, settings.window_seconds)
+    features = Features(int(part.extractor.feature_size), part.window_seconds, part.vocabulary)
+    previous = read_index(out) if (out / INDEX).is_file() else None
+    index = ShardIndex(settings.model, features)
+    jobs = {_source_key(source, batch, features): batch for batch in _batches(rows, settings.clips_per_shard)}
+    finished = 0
+    if previous is not None and previous.features == features:
+        finished = _keep_finished(previous, jobs, index, out)
+    if on_progress is not None:
+        on_progress(finished, len(rows))
+    todo = {key: batch for key, batch in jobs.items() if key not in index.done}
+    for key, made in _run(todo, source, out, settings):
+        index.shards += made.shards
+        index.refused += made.refused
+        index.done[key] = [shard.digest for shard in made.shards]
+        index.save(out)
+        finished += len(jobs[key])
+        if on_progress is not None:
+            on_progress(finished, len(rows))
+    order = {digest: position for position, key in enumerate(jobs) for digest in index.done[key]}
+    index.shards.sort(key=lambda shard: order[shard.digest])
+    index.refused.sort(key=lambda refusal: refusal.row)
+    index.save(out)
+    if not index.shards:
+        first = index.refused[0]
+        raise LocalError(
+            f"none of the {len(rows)} recordings in {source} can be used; row {first.row}, {first.file}: {first.reason}"
+        )
+    return index
+
+
+def read_rows(source: Path, dialect: str) -> list[Row]:
+    """Read `labels.json` or `metadata.csv`.
+
+    Raises:
+        LocalError: neither exists, or it has no rows, or columns are missing.
+    """
+    labels, table = source / "labels.json", source / "metadata.csv"
+    if labels.is_file():
+        try:
+            entries = json.loads(labels.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            raise LocalError(f"{labels} is not JSON ({error})") from error
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise LocalError(f'{labels} must hold a list such as [{{"audio": "audio/001.wav", "text": "我想喝水"}}]')
+        path = labels
+    elif table.is_file():
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            entries = list(csv.DictReader(file))
+        path = table
+    else:
+        raise LocalError(f"{source} holds neither labels.json nor metadata.csv")
+    if not entries:
+        raise LocalError(f"{path} lists no recordings")
+    return [_row(path, number, entry, dialect) for number, entry in enumerate(entries, start=1)]
+
+
+def _row(path: Path, number: int, entry: dict[str, object], dialect: str) -> Row:
+    def column(names: tuple[str, ...], default: str | None = None) -> str:
+        for name in names:
+            if isinstance(value := entry.get(name), str):
+                return value.strip()
+        if default is None:
+            raise LocalError(f"{path}, row {number}: there is no {' or '.join(map(repr, names))}")
+        return default
+
+    return Row(
+        number=number,
+        audio=column(AUDIO_COLUMNS),
+        text=column(TEXT_COLUMNS),
+        speaker=column(SPEAKER_COLUMNS, ""),
+        dialect=column(("dialect",), dialect) or dialect,
+    )
+
+
+def _batches(rows: list[Row], size: int) -> Iterator[tuple[Row, ...]]:
+    """Cut the rows of each dialect, in their order, into shards' worth."""
+    for dialect in dict.fromkeys(row.dialect for row in rows):
+        of_dialect = [row for row in rows if row.dialect == dialect]
+        for start in range(0, len(of_dialect), size):
+            yield tuple(of_dialect[start : start + size])
+
+
+def _source_key(source: Path, batch: tuple[Row, ...], features: Features) -> str:
+    stamps = []
+    for row in batch:
+        path = source / row.audio
+        stat = path.stat() if path.is_file() else None
+        stamps.append((asdict(row), (stat.st_size, stat.st_mtime_ns) if stat else None))
+    return blob_digest(json.dumps([stamps, asdict(features)]).encode()).hex()
+
+
+def _keep_finished(
+    previous: ShardIndex, jobs: dict[str, tuple[Row, ...]], index: ShardIndex, out: Path
+) -> int:
+    """Move what an earlier call finished into `index`; returns how many rows that covers."""
+    entries = {shard.digest: shard for shard in previous.shards}
+    rows = 0
+    for key, digests in previous.done.items():
+        shards = [entries[digest] for digest in digests]
+        if key not in jobs or not all((out / shard.file).is_file() for shard in shards):
+            continue
+        numbers = {row.number for row in jobs[key]}
+        index.shards += shards
+        index.refused += [refusal for refusal in previous.refused if refusal.row in numbers]
+        index.done[key] = digests
+        rows += len(jobs[key])
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    shards: list[ShardEntry]
+    refused: list[Refusal]
+
+
+def _run(
+    todo: dict[str, tuple[Row, ...]], source: Path, out: Path, settings: Settings
+) -> Iterator[tuple[str, _Made]]:
+    salt = _salt(out)
+    workers = min(len(os.sched_getaffinity(0)), len(todo))
+    if len(todo) < POOL_FROM_JOBS or workers < 2:
+        for key, batch in todo.items():
+            yield key, _make_shard(batch, source, out, settings, salt)
+        return
+    # Not forked: a parent that has loaded torch holds threads and locks that a fork would copy.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures: dict[Future[_Made], str] = {
+            pool.submit(_make_shard, batch, source, out, settings, salt): key for key, batch in todo.items()
+        }
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _make_shard(
+    batch: tuple[Row, ...], source: Path, out: Path, settings: Settings, salt: bytes
+) -> _Made:
+    part = _frontend(settings.model, settings.revision, settings.window_seconds)
+    features = Features(int(part.extractor.feature_size), part.window_seconds, part.vocabulary)
+    clips: list[Clip] = []
+    refused: list[Refusal] = []
+    for row in batch:
+        try:
+            clips.append(_make_clip(row, source, part, salt))
+        except RefusedClip as error:
+            if settings.strict:
+                raise LocalError(f"row {row.number}, {row.audio}: {error}") from error
+            refused.append(Refusal(row.number, row.audio, str(error)))
+    if not clips:
+        return _Made([], refused)
+    data = pack_shard(clips, batch[0].dialect, features)
+    entry = ShardEntry(
+        digest=blob_digest(data).hex(),
+        bytes=len(data),
+        clips=len(clips),
+        seconds=round(sum(clip.seconds for clip in clips), 3),
+        dialect=batch[0].dialect,
+    )
+    _write_atomically(out / entry.file, data)
+    return _Made([entry], refused)
+
+
+def _make_clip(row: Row, source: Path, part: Frontend, salt: bytes) -> Clip:
+    if not row.text:
+        raise RefusedClip("its transcript is empty")
+    audio = read_clip(source / row.audio, ClipLimits(part.window_seconds))
+    tokens = label_ids(part.tokenizer, row.text, row.dialect)
+    longest = int(part.config.max_target_positions)
+    if len(tokens) > longest:
+        raise RefusedClip(f"its transcript is {len(tokens)} tokens long and the model writes at most {longest}")
+    return Clip(
+        mel=log_mel(audio, part.extractor),
+        tokens=tuple(tokens),
+        seconds=len(audio) / part.extractor.sampling_rate,
+        speaker=speaker_hash(row.speaker, salt) if row.speaker else bytes(8),
+    )
+
+
+@lru_cache(maxsize=1)
+def _frontend(model: str, revision: str | None, window_seconds: float | None) -> Frontend:
+    """A worker loads the frontend once for all of its shards, and uses one thread: all cores are busy."""
+    import torch
+
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(1)
+    return frontend(model, revision, window_seconds)
+
+
+def _salt(out: Path) -> bytes:
+    """The secret of this folder's speaker hashes; it stays here and enters no shard."""
+    path = out / SALT
+    if not path.is_file():
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(32))
+    return path.read_bytes()
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data)
+    part.replace(path)

@@ -1,0 +1,165 @@
+"""Shards: pieces of a training set that hold what a model trains on, and neither audio nor raw text.
+
+A shard is one tensor file, named by the BLAKE3 digest of its bytes:
+
+=================  ==========  =====================  =============================================
+tensor             dtype       shape                  meaning
+=================  ==========  =====================  =============================================
+``mel``            float16     (all frames, n_mels)   log-mel features of the clips, one after another
+``mel_ends``       int64       (clips,)               where each clip's frames end
+``tokens``         int32       (all tokens,)          decoder targets, special tokens included
+``token_ends``     int64       (clips,)               where each clip's tokens end
+``seconds``        float32     (clips,)               durations of the recordings
+``speakers``       uint8       (clips, 8)             salted hash of the speaker; zeros if unknown
+=================  ==========  =====================  =============================================
+
+Log-mels can be turned back into intelligible speech and token ids into text: a shard is smaller
+than a recording and fits no player, but whoever has it can find out what was said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from p2pasr.errors import LocalError, Reject
+from p2pasr.protocol.encoding import blob_digest
+from p2pasr.protocol.tensors import pack_tensors, read_tensors
+from p2pasr.speech.mel import Mel
+
+FORMAT = "p2pasr-shard/1"
+SPEAKER_HASH_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What the clips of a shard were made for; shards of one run share all of it.
+
+    Attributes:
+        n_mels: mel bands (80, or 128 for large-v3).
+        window_seconds: longest clip accepted.
+        vocabulary: hex BLAKE3 of the tokenizer's sorted vocabulary, so that ids mean the same.
+    """
+
+    n_mels: int
+    window_seconds: float
+    vocabulary: str
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One training example.
+
+    Attributes:
+        mel: float16, shape (n_mels, frames), at true length.
+        tokens: decoder target, from ``<|startoftranscript|>`` to ``<|endoftext|>``.
+        seconds: duration of the recording.
+        speaker: 8 bytes, zeros if unknown.
+    """
+
+    mel: Mel
+    tokens: tuple[int, ...]
+    seconds: float
+    speaker: bytes = bytes(SPEAKER_HASH_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The clips of one shard, read-only views of the file."""
+
+    dialect: str
+    features: Features
+    clips: tuple[Clip, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of audio in the shard."""
+        return sum(clip.seconds for clip in self.clips)
+
+
+def speaker_hash(speaker: str, salt: bytes) -> bytes:
+    """Eight bytes that tell speakers apart without naming them, as long as `salt` stays secret."""
+    return hashlib.blake2b(speaker.encode(), digest_size=SPEAKER_HASH_BYTES, key=salt).digest()
+
+
+def pack_shard(clips: Sequence[Clip], dialect: str, features: Features) -> bytes:
+    """The bytes of a shard; equal clips give equal bytes."""
+    if not clips:
+        raise ValueError("a shard holds at least one clip")
+    tensors: dict[str, npt.NDArray[Any]] = {
+        "mel": np.concatenate([clip.mel.T for clip in clips]),
+        "mel_ends": np.cumsum([clip.mel.shape[1] for clip in clips], dtype=np.int64),
+        "tokens": np.concatenate([np.asarray(clip.tokens, dtype=np.int32) for clip in clips]),
+        "token_ends": np.cumsum([len(clip.tokens) for clip in clips], dtype=np.int64),
+        "seconds": np.asarray([clip.seconds for clip in clips], dtype=np.float32),
+        "speakers": np.frombuffer(b"".join(clip.speaker for clip in clips), dtype=np.uint8).reshape(
+            len(clips), SPEAKER_HASH_BYTES
+        ),
+    }
+    return pack_tensors(tensors, {"format": FORMAT, "dialect": dialect, **asdict(features)})
+
+
+def read_shard(path: Path) -> Shard:
+    """Open a shard; features are read from disk as they are used.
+
+    Raises:
+        LocalError: the file is missing or is no shard.
+    """
+    try:
+        tensors, meta = read_tensors(path)
+        if meta.pop("format", None) != FORMAT:
+            raise Reject(f"its format is not {FORMAT}")
+        dialect = str(meta.pop("dialect"))
+        return Shard(dialect, Features(**meta), _clips(tensors))
+    except (Reject, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise LocalError(f"{path} is not a shard ({error}); make it again with p2pasr data prepare") from error
+
+
+def check_digest(path: Path, expected: str) -> None:
+    """Compare a file with the digest that names it.
+
+    Raises:
+        LocalError: the file is missing or its bytes differ.
+    """
+    if not path.is_file():
+        raise LocalError(f"shard {path} is missing")
+    actual = blob_digest(path.read_bytes()).hex()
+    if actual != expected:
+        raise LocalError(f"shard {path} is corrupt: its digest is {actual[:12]}…, not {expected[:12]}…")
+
+
+def _clips(tensors: dict[str, npt.NDArray[Any]]) -> tuple[Clip, ...]:
+    mel_ends, token_ends = tensors["mel_ends"].tolist(), tensors["token_ends"].tolist()
+    clips = len(mel_ends)
+    consistent = (
+        clips > 0
+        and tensors["mel"].ndim == 2
+        and tensors["mel"].dtype == np.float16
+        and len(token_ends) == len(tensors["seconds"]) == len(tensors["speakers"]) == clips
+        and _ascending(mel_ends, len(tensors["mel"]))
+        and _ascending(token_ends, len(tensors["tokens"]))
+    )
+    if not consistent:
+        raise Reject("its tensors do not fit together")
+    return tuple(
+        Clip(
+            mel=tensors["mel"][frames_from:frames_to].T,
+            tokens=tuple(tensors["tokens"][tokens_from:tokens_to].tolist()),
+            seconds=float(tensors["seconds"][index]),
+            speaker=tensors["speakers"][index].tobytes(),
+        )
+        for index, (frames_from, frames_to, tokens_from, tokens_to) in enumerate(
+            zip([0, *mel_ends], mel_ends, [0, *token_ends], token_ends, strict=False)
+        )
+    )
+
+
+def _ascending(ends: list[int], last: int) -> bool:
+    """Whether `ends` cuts a sequence of `last` items into non-empty runs."""
+    return ends[-1] == last and all(a < b for a, b in zip([0, *ends], ends, strict=False))

@@ -1,0 +1,232 @@
+"""A synthetic corpus for the demo and the tests: phrases and digit strings spoken by espeak-ng.
+
+It shows that the machinery works; it says nothing about how well anything recognises people. A
+synthetic speaker is an espeak-ng voice variant with its own pitch, rate and vocal-tract length.
+Speakers for training and for testing use different variants, so nobody is heard in both.
+
+espeak-ng is licensed GPL-3 and is loaded at run time from the `demo` extra; nothing else needs it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from p2pasr.errors import LocalError
+from p2pasr.speech.audio import Audio
+
+OPENINGS = ("我想", "我要", "帮我", "请你", "")
+ACTIONS = (
+    "喝水", "喝茶", "吃饭", "吃药", "睡觉", "休息", "回家", "出门", "看书", "看电视", "听歌", "洗手",
+    "坐下", "上楼", "下楼", "开灯", "关灯", "开门", "关门", "开窗", "关窗", "打电话",
+)  # fmt: skip
+DIGITS = "零一二三四五六七八九"
+
+ENGLISH_OPENINGS = ("i want to", "please", "help me", "")
+ENGLISH_ACTIONS = (
+    "drink water", "eat rice", "go home", "sit down", "open the door", "close the door",
+    "turn on the light", "turn off the light", "read a book", "call my mother", "wash my hands",
+)  # fmt: skip
+ENGLISH_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+HAKKA_READINGS = dict(
+    zip(
+        "我想要帮请你喝水茶吃饭药睡觉休息回家出门看书电视听歌洗手坐下上楼开关灯窗打话零一二三四五六七八九",
+        "ngài sióng yeu pông chhiáng ngì hot súi chhà sṳ̍t fan yo̍k sòi kau hiû sit fì kâ chhut mùn "
+        "khon sû thien sṳ thâng kô sé sú chhô hâ sông lèu khôi kwân tên chhûng tá fa làng yit ngi "
+        "sâm si ńg liuk chhit pat kiú".split(),
+        strict=True,
+    )
+)
+"""Pha̍k-fa-sṳ readings: espeak-ng's Hakka voice reads romanised text only."""
+
+TRAIN_VARIANTS = (
+    "m1", "m2", "m3", "m4", "m5", "m6", "f1", "f2", "f3", "f4", "klatt", "klatt2", "klatt4", "adam",
+    "aunty", "belinda", "caleb", "david", "edward", "grandma", "john", "linda", "paul", "steph",
+)  # fmt: skip
+TEST_VARIANTS = ("m7", "m8", "f5", "klatt3", "Andy", "Annie", "benjamin", "grandpa", "shelby", "max")
+
+SYNTHESIS_RATE = 22_050
+"""Hz, what espeak-ng produces."""
+
+_ESPEAK_RATE, _ESPEAK_PITCH = 1, 3
+_AUDIO_OUTPUT_SYNCHRONOUS, _CHARS_UTF8, _DONT_EXIT = 2, 1, 0x8000
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """A synthetic voice.
+
+    Attributes:
+        name: unique among train and test speakers together.
+        variant: espeak-ng voice variant.
+        pitch: espeak-ng's pitch parameter, 0…99, 50 is the variant's own.
+        rate: words a minute.
+        tract: factor on the vocal tract's resonances (above 1: a smaller person).
+    """
+
+    name: str
+    variant: str
+    pitch: int
+    rate: int
+    tract: float
+
+
+def speakers(split: str, count: int) -> list[Speaker]:
+    """The first `count` speakers of a split, the same ones on every machine.
+
+    Args:
+        split: "train" or "test"; their variants are disjoint.
+        count: any number; variants repeat with another pitch, rate and tract.
+    """
+    variants = {"train": TRAIN_VARIANTS, "test": TEST_VARIANTS}[split]
+    draw = random.Random(f"p2pasr synthetic speakers {split}")
+    return [
+        Speaker(
+            name=f"{split}-{index:03d}-{variants[index % len(variants)]}",
+            variant=variants[index % len(variants)],
+            pitch=draw.randint(30, 70),
+            rate=draw.randint(140, 200),
+            tract=round(draw.uniform(0.92, 1.08), 3),
+        )
+        for index in range(count)
+    ]
+
+
+def phrase(draw: random.Random, dialect: str) -> str:
+    """One transcript: a phrase from the templates or, as often, a string of three to six digits."""
+    english = dialect.startswith("en")
+    if draw.random() < 0.5:
+        digits = draw.choices(ENGLISH_DIGITS if english else DIGITS, k=draw.randint(3, 5 if english else 6))
+        return " ".join(digits) if english else "".join(digits)
+    if english:
+        return f"{draw.choice(ENGLISH_OPENINGS)} {draw.choice(ENGLISH_ACTIONS)}".strip()
+    return draw.choice(OPENINGS) + draw.choice(ACTIONS)
+
+
+def say(text: str, dialect: str, speaker: Speaker) -> Audio:
+    """Speak a transcript.
+
+    Args:
+        text: Chinese characters for `cmn`, `yue` and `hak`; English otherwise.
+        dialect: an espeak-ng voice such as `cmn`, `yue`, `hak`, `en-us`, `en-gb-scotland`.
+
+    Returns:
+        float32, shape (samples,), mono at :data:`SYNTHESIS_RATE`, peak at most 0.7.
+    """
+    spoken = " ".join(HAKKA_READINGS[char] for char in text) if dialect == "hak" else text
+    samples = _espeak()(spoken, f"{dialect}+{speaker.variant}", speaker.pitch, speaker.rate, speaker.tract)
+    if not len(samples):
+        raise LocalError(f"espeak-ng produced no sound for {text!r} in {dialect}+{speaker.variant}")
+    return samples * (0.7 / max(float(np.abs(samples).max()), 1e-6))
+
+
+def write_corpus(
+    out: Path,
+    *,
+    dialect: str,
+    split: str,
+    clips: int,
+    people: int,
+    seed: int = 0,
+    on_clip: Callable[[int], None] | None = None,
+) -> Path:
+    """Write a folder that `p2pasr data prepare` reads: `audio/*.wav` and `labels.json`.
+
+    Args:
+        out: folder to fill; recordings of the same name are overwritten.
+        split: "train" or "test", which decides who speaks.
+        clips, people: how many recordings by how many speakers, in turn.
+        seed: what is said and how much noise lies under it.
+        on_clip: called with the number of clips written so far.
+
+    Returns:
+        The path of `labels.json`.
+    """
+    import soundfile
+
+    (out / "audio").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index, (text, speaker, samples) in enumerate(utterances(dialect, split, clips, people, seed)):
+        name = f"audio/{dialect}-{split}-{index:05d}.wav"
+        soundfile.write(out / name, samples, SYNTHESIS_RATE, subtype="PCM_16")
+        rows.append({"audio": name, "text": text, "speaker": speaker.name, "dialect": dialect})
+        if on_clip is not None:
+            on_clip(index + 1)
+    labels = out / "labels.json"
+    labels.write_text(json.dumps(rows, ensure_ascii=False, indent=0), encoding="utf-8")
+    return labels
+
+
+def utterances(
+    dialect: str, split: str, clips: int, people: int, seed: int
+) -> Iterator[tuple[str, Speaker, Audio]]:
+    """Draw transcripts and speak them, each over a little noise (25 to 45 dB below the speech)."""
+    draw = random.Random(f"{seed} {dialect} {split}")
+    noise = np.random.default_rng([seed, *dialect.encode(), *split.encode()])
+    voices = speakers(split, people)
+    for index in range(clips):
+        speaker = voices[index % len(voices)]
+        text = phrase(draw, dialect)
+        samples = say(text, dialect, speaker)
+        level = 10 ** (-draw.uniform(25, 45) / 20) * float(np.sqrt(np.mean(samples**2)))
+        yield text, speaker, samples + level * noise.standard_normal(len(samples)).astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def _espeak() -> Callable[[str, str, int, int, float], Audio]:
+    """Load espeak-ng once a process and return its speaking function. It is not thread-safe."""
+    try:
+        import espeakng_loader
+    except ImportError as error:
+        raise LocalError("synthetic speech needs espeak-ng: pip install 'p2pasr[demo]'") from error
+
+    lib = ctypes.cdll.LoadLibrary(espeakng_loader.get_library_path())
+    data = espeakng_loader.get_data_path().encode()
+    rate = lib.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, data, _DONT_EXIT)
+    if rate != SYNTHESIS_RATE:
+        raise LocalError(f"espeak-ng could not start (espeak_Initialize returned {rate})")
+
+    pieces: list[np.ndarray] = []
+    callback_type = ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+    )
+
+    def collect(samples: ctypes._Pointer[ctypes.c_short], count: int, _events: object) -> int:
+        if count > 0:
+            pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        return 0
+
+    callback = callback_type(collect)
+    lib.espeak_SetSynthCallback(callback)
+
+    def speak(text: str, voice: str, pitch: int, words_per_minute: int, tract: float) -> Audio:
+        assert callback is not None  # keeps the C callback alive as long as this function
+        pieces.clear()
+        if lib.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise LocalError(f"espeak-ng has no voice {voice!r}")
+        # Resampling by `tract` moves the formants; pitch and pace are set against it beforehand.
+        lib.espeak_SetParameter(_ESPEAK_RATE, round(words_per_minute / tract), 0)
+        lib.espeak_SetParameter(_ESPEAK_PITCH, pitch, 0)
+        data = text.encode()
+        lib.espeak_Synth(data, len(data) + 1, 0, 0, 0, _CHARS_UTF8, None, None)
+        lib.espeak_Synchronize()
+        spoken = np.concatenate(pieces) if pieces else np.zeros(0, np.int16)
+        return _warp(spoken.astype(np.float32) / 32_768, tract)
+
+    return speak
+
+
+def _warp(samples: Audio, factor: float) -> Audio:
+    """Play faster by `factor`, which raises every resonance by it (linear interpolation)."""
+    if factor == 1.0 or not len(samples):
+        return samples
+    positions = np.arange(0, len(samples) - 1, factor)
+    return np.interp(positions, np.arange(len(samples)), samples).astype(np.float32)

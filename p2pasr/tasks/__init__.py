@@ -1,0 +1,1 @@
+"""What a peer trains: pure functions from a state, shards and a seed to the next state. No network."""
