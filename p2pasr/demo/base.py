@@ -7,14 +7,12 @@ that the demo can adapt a model without downloading one.
 from __future__ import annotations
 
 import math
-import random
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import (
     GenerationConfig,
@@ -29,7 +27,7 @@ from p2pasr.speech import synthetic
 from p2pasr.speech.metrics import ErrorRates, error_rates
 from p2pasr.speech.prepare import Settings, prepare
 from p2pasr.speech.shards import Clip, read_shard
-from p2pasr.tasks.whisper import collate, loss_of, sample_batches, transcribe
+from p2pasr.tasks.whisper import collate, sample_batches, token_losses, transcribe
 
 FOLDER = Path(__file__).parent / "base"
 """Where the committed model lies."""
@@ -138,7 +136,6 @@ def make_base(out: Path, recipe: Recipe, on_step: Callable[[int, int, float], No
     """
     started = time.monotonic()
     torch.manual_seed(recipe.seed)
-    random.seed(recipe.seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
@@ -181,13 +178,13 @@ def _train(
         return 0.5 * (1 + math.cos(math.pi * (step - recipe.warmup_steps) / (recipe.steps - recipe.warmup_steps)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-    draw = np.random.default_rng(recipe.seed)
-    batches = sample_batches(len(clips), recipe.batch_size, draw)
+    batches = sample_batches(len(clips), recipe.batch_size, recipe.seed.to_bytes(8, "big"))
     model.train()
     for step in range(recipe.steps):
         chosen = [clips[index] for index in next(batches)]
         batch = collate(chosen, WINDOW_SECONDS * 100, model.config.pad_token_id)
-        loss = loss_of(model, batch)
+        total, tokens = token_losses(model, batch)
+        loss = total / tokens
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

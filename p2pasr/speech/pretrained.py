@@ -13,6 +13,9 @@ from p2pasr.errors import LocalError
 if TYPE_CHECKING:
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperTokenizer
 
+BUNDLED = {"p2pasr/demo-base": Path(__file__).parent.parent / "demo" / "base"}
+"""Models that come with this package, by the name that manifests call them."""
+
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
@@ -32,6 +35,12 @@ class Frontend:
     vocabulary: str
 
 
+def local_folder(model: str) -> Path | None:
+    """The folder that a model's name stands for on this machine, or None for a hub id."""
+    folder = BUNDLED.get(model, Path(model).expanduser())
+    return folder if folder.is_dir() else None
+
+
 def load(loader: Any, model: str, revision: str | None = None, **options: Any) -> Any:
     """`loader.from_pretrained(model)`, with one clear sentence when that cannot work.
 
@@ -43,12 +52,11 @@ def load(loader: Any, model: str, revision: str | None = None, **options: Any) -
     Raises:
         LocalError: the folder lacks files, or the id is neither cached nor downloadable.
     """
-    if Path(model).expanduser().is_dir():
-        source, options = str(Path(model).expanduser()), dict(options)
-    else:
-        source, options = model, {**options, "revision": revision}
+    folder = local_folder(model)
+    if folder is None:
+        options = {**options, "revision": revision}
     try:
-        return loader.from_pretrained(source, **options)
+        return loader.from_pretrained(model if folder is None else str(folder), **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise LocalError(
@@ -87,8 +95,8 @@ def weights_digest(model: str, revision: str | None = None) -> str:
     Raises:
         LocalError: no weight file is found.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = local_folder(model)
+    if folder is not None:
         for name in WEIGHT_FILES:
             if (folder / name).is_file():
                 return _file_digest(folder / name)

@@ -51,7 +51,7 @@ TRAIN_VARIANTS = (
     "m1", "m2", "m3", "m4", "m5", "m6", "f1", "f2", "f3", "f4", "klatt", "klatt2", "klatt4", "adam",
     "aunty", "belinda", "caleb", "david", "edward", "grandma", "john", "linda", "paul", "steph",
 )  # fmt: skip
-TEST_VARIANTS = ("m7", "m8", "f5", "klatt3", "Andy", "Annie", "benjamin", "grandpa", "shelby", "max")
+TEST_VARIANTS = ("m7", "m8", "f5", "klatt3", "Andy", "Annie", "benjamin", "grandpa", "robert", "quincy")
 
 SYNTHESIS_RATE = 22_050
 """Hz, what espeak-ng produces."""

@@ -1,1 +1,58 @@
 """What a peer trains: pure functions from a state, shards and a seed to the next state. No network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from p2pasr.errors import LocalError
+from p2pasr.protocol.manifest import validation_message
+from p2pasr.tasks.base import Checkpoint, SegmentPlan, SegmentReport, Task
+
+__all__ = ["KINDS", "Checkpoint", "SegmentPlan", "SegmentReport", "Task", "build", "pin"]
+
+KINDS = ("lora",)
+"""The `task.kind` values of a manifest."""
+
+
+def build(
+    kind: str, config: Mapping[str, Any], *, seed: int, device: str = "cpu", model: str | None = None
+) -> Task:
+    """Make the task that a manifest describes.
+
+    Args:
+        kind, config: the manifest's `task` section.
+        seed: the run's seed.
+        device: where to train.
+        model: a local folder to load a pretrained base from, in place of the one named in `config`.
+
+    Raises:
+        LocalError: an unknown kind or key, or a model that is missing or not the run's.
+    """
+    from p2pasr.tasks.lora import LoraTask
+
+    return LoraTask(_lora_config(kind, config), seed, device, model)
+
+
+def pin(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with every default written out and every version fixed, for a manifest.
+
+    Raises:
+        LocalError: as :func:`build`.
+    """
+    from p2pasr.tasks import lora
+
+    return lora.pin(_lora_config(kind, config)).model_dump(mode="json")
+
+
+def _lora_config(kind: str, config: Mapping[str, Any]) -> Any:
+    from p2pasr.tasks.lora import LoraTaskConfig
+
+    if kind not in KINDS:
+        raise LocalError(f"task.kind {kind!r} is not one of {', '.join(KINDS)}")
+    try:
+        return LoraTaskConfig.model_validate(dict(config))
+    except ValidationError as error:
+        raise LocalError(validation_message(error, "task.config")) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from p2pasr.speech.mel import restore
 from p2pasr.speech.shards import Clip
+from p2pasr.tasks.determinism import shuffled
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperTokenizer
@@ -62,24 +64,27 @@ def collate(clips: Sequence[Clip], frames: int, pad_id: int) -> Batch:
     return Batch(torch.from_numpy(features), inputs, labels)
 
 
-def loss_of(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """Mean cross entropy a token, a float32 scalar; padding does not count.
+def token_losses(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    """Summed cross entropy, a float32 scalar, and the number of tokens it is over.
 
     The first labels (language, task, no-timestamps) are learned too: they are cheap and keep a
     dialect's adapter from drifting to another language's token.
     """
     logits = model(input_features=batch.features, decoder_input_ids=batch.decoder_input_ids).logits
-    return cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
+    total = cross_entropy(
+        logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total, int((batch.labels != IGNORED).sum())
 
 
-def sample_batches(clips: int, batch_size: int, draw: np.random.Generator) -> Iterator[list[int]]:
+def sample_batches(clips: int, batch_size: int, seed: bytes) -> Iterator[list[int]]:
     """Endless batches of clip indices: whole shuffled passes over the clips, cut into batches."""
     queue: list[int] = []
-    while True:
-        while len(queue) < batch_size:
-            queue.extend(draw.permutation(clips).tolist())
-        yield queue[:batch_size]
-        del queue[:batch_size]
+    for turn in itertools.count():
+        queue += shuffled(clips, seed + turn.to_bytes(8, "big"))
+        while len(queue) >= batch_size:
+            yield queue[:batch_size]
+            del queue[:batch_size]
 
 
 @torch.inference_mode()
@@ -97,7 +102,6 @@ def transcribe(
     model.eval()
     device = next(model.parameters()).device
     prefix_length = 4
-    texts: list[str] = []
     by_prefix: dict[tuple[int, ...], list[int]] = {}
     for index, clip in enumerate(clips):
         by_prefix.setdefault(clip.tokens[:prefix_length], []).append(index)
@@ -109,8 +113,7 @@ def transcribe(
             ids = greedy(model, torch.from_numpy(features).to(device), prefix)
             for index, row in zip(chosen, ids, strict=True):
                 results[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
-    texts.extend(results[index] for index in range(len(clips)))
-    return texts
+    return [results[index] for index in range(len(clips))]
 
 
 def greedy(

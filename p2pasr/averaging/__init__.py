@@ -1,0 +1,1 @@
+"""Merging what peers trained: encoding, commitment, reduction, and the step that follows."""

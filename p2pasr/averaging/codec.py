@@ -1,0 +1,191 @@
+"""How a delta becomes bytes: deterministic codecs whose decoding gives the same bits everywhere.
+
+A delta is one flat float32 vector, the parameters in ascending order of their names, cut into parts
+of `part_values`. Each part is encoded by itself, so it can be hashed, sent and reduced by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from p2pasr.errors import Reject
+from p2pasr.protocol.manifest import AveragingSection
+from p2pasr.protocol.tensors import Tensors
+
+Vector = npt.NDArray[np.float32]
+"""Shape (values,), float32, C-contiguous."""
+
+CodecName = Literal["float32", "float16", "int8"]
+
+INT8_LIMIT: Final = np.float32(127)
+FLOAT16_LIMIT: Final = np.float32(65_504)
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """One of the wire formats.
+
+    ========  =====================================================  ====================
+    name      encoding of a part of n values                         bytes
+    ========  =====================================================  ====================
+    float32   little-endian                                          4 n
+    float16   little-endian, rounded to nearest even                 2 n
+    int8      float32 absmax / 127 of each block, then the quotients n + 4 ⌈n / block⌉
+    ========  =====================================================  ====================
+
+    Args:
+        name: which.
+        block: values that share a scale in `int8`.
+    """
+
+    name: CodecName
+    block: int = 256
+
+    def encoded_bytes(self, values: int) -> int:
+        """Exact length of an encoded part; anything else is refused before it is read."""
+        if self.name == "float32":
+            return 4 * values
+        if self.name == "float16":
+            return 2 * values
+        return values + 4 * -(-values // self.block)
+
+    def encode(self, part: Vector) -> bytes:
+        """Encode finite values.
+
+        Raises:
+            ValueError: a value is NaN or infinite.
+        """
+        if not np.isfinite(part).all():
+            raise ValueError("a delta with values that are not finite has no encoding")
+        if self.name == "float32":
+            return part.astype("<f4").tobytes()
+        if self.name == "float16":
+            return np.clip(part, -FLOAT16_LIMIT, FLOAT16_LIMIT).astype("<f2").tobytes()
+        blocks = _padded(part, self.block)
+        scales = np.abs(blocks).max(axis=1) / INT8_LIMIT
+        divisors = np.where(scales > 0, scales, np.float32(1))
+        quotients = np.rint(blocks / divisors[:, None]).astype(np.int8)
+        return scales.astype("<f4").tobytes() + quotients.reshape(-1)[: len(part)].tobytes()
+
+    def decode(self, data: bytes | memoryview, values: int) -> Vector:
+        """Decode a part; the same bytes give the same bits on every machine.
+
+        Raises:
+            Reject: the length does not fit, or a value or scale is not finite.
+        """
+        if len(data) != self.encoded_bytes(values):
+            raise Reject(f"a part of {values} values has {self.encoded_bytes(values)} bytes, not {len(data)}")
+        if self.name == "float32":
+            part = np.frombuffer(data, dtype="<f4").astype(np.float32)
+        elif self.name == "float16":
+            part = np.frombuffer(data, dtype="<f2").astype(np.float32)
+        else:
+            part = self._decode_int8(data, values)
+        if not np.isfinite(part).all():
+            raise Reject("a part holds values that are not finite")
+        return part
+
+    def _decode_int8(self, data: bytes | memoryview, values: int) -> Vector:
+        scales = np.frombuffer(data, dtype="<f4", count=-(-values // self.block))
+        quotients = _padded(np.frombuffer(data, dtype=np.int8, offset=4 * len(scales)), self.block)
+        return (quotients.astype(np.float32) * scales[:, None]).reshape(-1)[:values]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the delta of a run is cut up: known to everybody before a byte is sent.
+
+    Args:
+        values: trained values in the run.
+        part_values: values in a part; the last one may hold fewer.
+        codec: how parts are encoded.
+    """
+
+    values: int
+    part_values: int
+    codec: Codec
+
+    @classmethod
+    def of(cls, parameters: int, section: AveragingSection) -> Layout:
+        """The layout that a manifest prescribes."""
+        return cls(parameters, section.part_values, Codec(section.codec, section.block))
+
+    @property
+    def parts(self) -> int:
+        """Number of parts."""
+        return -(-self.values // self.part_values)
+
+    def part_size(self, index: int) -> int:
+        """Values in one part."""
+        return min(self.part_values, self.values - index * self.part_values)
+
+    def part_bytes(self, index: int) -> int:
+        """Encoded bytes of one part."""
+        return self.codec.encoded_bytes(self.part_size(index))
+
+    def offset(self, index: int) -> int:
+        """Where a part begins in the encoded delta."""
+        return index * self.codec.encoded_bytes(self.part_values)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of an encoded delta."""
+        return self.offset(self.parts - 1) + self.part_bytes(self.parts - 1)
+
+    def encode(self, vector: Vector) -> list[bytes]:
+        """The encoded parts of a delta."""
+        if vector.shape != (self.values,):
+            raise ValueError(f"a delta of {self.values} values has the shape {vector.shape}")
+        cuts = range(0, self.values, self.part_values)
+        return [self.codec.encode(vector[cut : cut + self.part_values]) for cut in cuts]
+
+    def cut(self, data: bytes | memoryview) -> list[memoryview]:
+        """The encoded parts of an encoded delta.
+
+        Raises:
+            Reject: it has another length than this layout's.
+        """
+        view = memoryview(data)
+        if len(view) != self.total_bytes:
+            raise Reject(f"an encoded delta has {self.total_bytes} bytes, not {len(view)}")
+        return [view[self.offset(i) : self.offset(i) + self.part_bytes(i)] for i in range(self.parts)]
+
+    def decode(self, data: bytes | memoryview) -> Vector:
+        """The delta that encoded bytes stand for.
+
+        Raises:
+            Reject: the length does not fit, or a value is not finite.
+        """
+        parts = self.cut(data)
+        return np.concatenate([self.codec.decode(part, self.part_size(i)) for i, part in enumerate(parts)])
+
+
+def flatten(params: Mapping[str, npt.NDArray[Any]]) -> Vector:
+    """Named float32 arrays as one vector, in ascending order of their names."""
+    return np.concatenate([np.asarray(params[name], dtype=np.float32).reshape(-1) for name in sorted(params)])
+
+
+def unflatten(vector: Vector, like: Mapping[str, npt.NDArray[Any]]) -> Tensors:
+    """The inverse of :func:`flatten`; names and shapes are those of `like`."""
+    out: Tensors = {}
+    offset = 0
+    for name in sorted(like):
+        size = like[name].size
+        out[name] = vector[offset : offset + size].reshape(like[name].shape)
+        offset += size
+    if offset != len(vector):
+        raise ValueError(f"{len(vector)} values do not fit parameters of {offset}")
+    return out
+
+
+def _padded(values: npt.NDArray[Any], block: int) -> npt.NDArray[Any]:
+    """Shape (blocks, block), the last block filled with zeros."""
+    blocks = -(-len(values) // block)
+    out = np.zeros(blocks * block, dtype=values.dtype)
+    out[: len(values)] = values
+    return out.reshape(blocks, block)

@@ -1,0 +1,1 @@
+"""Finding each other and exchanging bytes: identity, the network process, directory, blobs."""

@@ -1,0 +1,191 @@
+"""The blob store: bytes on disk, named by their BLAKE3 digest, never there in part."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+from blake3 import blake3
+
+from p2pasr.errors import LocalError
+from p2pasr.protocol.encoding import blob_digest
+
+Kind = Literal["manifest", "state", "shard", "checkpoint", "delta", "average"]
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+
+EVICTABLE: Final[tuple[Kind, ...]] = ("average", "delta", "checkpoint", "shard")
+"""What may go when the budget is used up, in this order, oldest first; all of it can be had again."""
+
+GIBIBYTE: Final = 1 << 30
+
+
+class BlobStore:
+    """Content-addressed files under one folder; safe to use from two processes at once.
+
+    A blob is written to a temporary name, synced and renamed, so a file under its final name is
+    always whole. Files that lie elsewhere (a folder of prepared shards) can be lent to the store:
+    they are served from where they are and never deleted.
+
+    Args:
+        root: the store's folder.
+        budget_bytes: the most that the store keeps on disk; lent files do not count.
+    """
+
+    def __init__(self, root: Path, budget_bytes: int = 50 * GIBIBYTE) -> None:
+        self.root = root
+        self.budget_bytes = budget_bytes
+        self._lent: dict[bytes, Path] = {}
+        for kind in KINDS:
+            (root / kind).mkdir(parents=True, exist_ok=True)
+        (root / "partial").mkdir(exist_ok=True)
+
+    def put(self, kind: Kind, data: bytes | memoryview) -> bytes:
+        """Store bytes and return their digest.
+
+        Raises:
+            LocalError: the disk or the budget is full.
+        """
+        digest = blob_digest(data)
+        if self.find(digest) is None:
+            self.make_room(len(data))
+            with self.writing(digest, kind) as file:
+                file.write_bytes(data)
+        return digest
+
+    @contextlib.contextmanager
+    def writing(self, digest: bytes, kind: Kind) -> Iterator[Path]:
+        """A temporary path to write a blob to; it becomes the blob when the block ends without error.
+
+        The caller vouches for the digest.
+        """
+        descriptor, name = tempfile.mkstemp(dir=self.root / "partial", prefix=digest.hex()[:16] + "-")
+        os.close(descriptor)
+        part = Path(name)
+        try:
+            with disk_errors(self.root):
+                yield part
+                self.commit(part, digest, kind)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def commit(self, part: Path, digest: bytes, kind: Kind) -> None:
+        """Sync a finished file and give it its final name."""
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(self.root / kind / digest.hex())
+
+    def lend(self, path: Path, digest: bytes) -> None:
+        """Serve a file that lies elsewhere.
+
+        Raises:
+            LocalError: it is missing, or its bytes do not have that digest.
+        """
+        if not path.is_file():
+            raise LocalError(f"{path} is missing")
+        if file_digest(path) != digest:
+            raise LocalError(f"{path} is corrupt: its bytes do not have the digest {digest.hex()[:12]}…")
+        self._lent[digest] = path
+
+    def find(self, digest: bytes) -> Path | None:
+        """Where a blob lies, or None."""
+        if (lent := self._lent.get(digest)) is not None and lent.is_file():
+            return lent
+        name = digest.hex()
+        for kind in KINDS:
+            path = self.root / kind / name
+            if path.is_file():
+                return path
+        return None
+
+    def get(self, digest: bytes) -> bytes:
+        """A blob's bytes.
+
+        Raises:
+            LocalError: it is not here, or the disk has damaged it (then it is deleted).
+        """
+        path = self.find(digest)
+        if path is None:
+            raise LocalError(f"the blob {digest.hex()[:12]}… is not in {self.root}")
+        data = path.read_bytes()
+        if blob_digest(data) != digest:
+            self.discard(digest)
+            raise LocalError(f"{path} was damaged on disk and has been removed; it will be fetched again")
+        return data
+
+    def discard(self, digest: bytes) -> None:
+        """Forget a blob; lent files stay where they are."""
+        self._lent.pop(digest, None)
+        for kind in KINDS:
+            (self.root / kind / digest.hex()).unlink(missing_ok=True)
+
+    def retain(self, kind: Kind, keep: Collection[bytes]) -> int:
+        """Delete blobs of a kind that are not in `keep`; returns how many went."""
+        names = {digest.hex() for digest in keep}
+        gone = [path for path in self._files(kind) if path.name not in names]
+        for path in gone:
+            path.unlink(missing_ok=True)
+        return len(gone)
+
+    def holds(self, kind: Kind) -> list[bytes]:
+        """Digests of the stored blobs of a kind."""
+        return [bytes.fromhex(path.name) for path in self._files(kind)]
+
+    def make_room(self, size: int) -> None:
+        """See that `size` bytes fit, deleting the oldest evictable blobs if need be.
+
+        Raises:
+            LocalError: they cannot fit.
+        """
+        used = sum(path.stat().st_size for kind in KINDS for path in self._files(kind))
+        for kind in EVICTABLE:
+            for path in sorted(self._files(kind), key=lambda path: path.stat().st_mtime):
+                if used + size <= self.budget_bytes:
+                    break
+                used -= path.stat().st_size
+                path.unlink(missing_ok=True)
+        if used + size > self.budget_bytes:
+            raise LocalError(
+                f"the disk budget of {self.budget_bytes / GIBIBYTE:.1f} GiB for {self.root} is used up; raise it with "
+                f"--disk-gib"
+            )
+        statistics = os.statvfs(self.root)
+        if statistics.f_bavail * statistics.f_frsize < size:
+            raise disk_full(self.root, size)
+
+    def partial(self, digest: bytes) -> Path:
+        """Where an unfinished download of a blob is kept."""
+        return self.root / "partial" / digest.hex()
+
+    def _files(self, kind: Kind) -> list[Path]:
+        return [path for path in (self.root / kind).iterdir() if len(path.name) == 64]
+
+
+def file_digest(path: Path) -> bytes:
+    """BLAKE3 of a file, read in pieces: 32 bytes."""
+    hasher = blake3()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            hasher.update(piece)
+    return hasher.digest()
+
+
+@contextlib.contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full disk into one sentence; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(where, None) from error
+        raise
+
+
+def disk_full(where: Path, size: int | None) -> LocalError:
+    """The error for a disk that holds no more."""
+    wanted = "" if size is None else f": {size / (1 << 20):.1f} MiB more are needed"
+    return LocalError(f"the disk that holds {where} is full{wanted}; free some space and start again")

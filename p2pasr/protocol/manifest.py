@@ -1,0 +1,230 @@
+"""The manifest: the immutable description of a run, whose digest is the run's name.
+
+A person writes the `RunConfig` part as YAML; `p2pasr run new` adds the shards and the initial state
+and so makes a `RunManifest`. Its canonical bytes are a blob like any other, so whoever knows the run
+id can fetch it from any peer and check it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from p2pasr.errors import LocalError, P2pasrError, Reject
+from p2pasr.protocol.encoding import MEBIBYTE, blob_digest, pack, unpack
+
+MAX_MANIFEST_BYTES: Final = 16 * MEBIBYTE
+"""Longest manifest: about 100,000 shards."""
+
+HexDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+S = TypeVar("S", bound=_Section)
+
+
+class TaskSection(_Section):
+    """What is trained. `config` belongs to the task of this kind, which checks it itself."""
+
+    kind: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,63}$")]
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+class RoundSection(_Section):
+    """How much is trained between two averages."""
+
+    rounds: Annotated[int, Field(ge=1, le=1_000_000)]
+    """Rounds in the whole run; the learning rate's schedule spans them."""
+    segments: Annotated[int, Field(ge=1, le=1024)] = 4
+    """Most segments a peer trains in a round; slower peers do fewer."""
+    steps_per_segment: Annotated[int, Field(ge=1, le=100_000)] = 25
+    samples_per_step: Annotated[int, Field(ge=1, le=65_536)] = 16
+    """Examples in one optimizer step, whatever micro-batches a peer's memory allows."""
+    shards_per_peer: Annotated[int, Field(ge=1, le=128)] = 4
+    """Shards assigned to each peer for a round."""
+    max_seconds: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    """A peer starts no further segment when it would end later than this after its first."""
+    grace_seconds: Annotated[float, Field(gt=0, le=3_600)] = 30.0
+    """How long claims of peers that still train are awaited after that."""
+    min_peers: Annotated[int, Field(ge=1, le=1024)] = 1
+    """A round is neither started nor averaged with fewer peers."""
+
+
+class OuterSection(_Section):
+    """How the average of the deltas moves the shared parameters."""
+
+    kind: Literal["fedavg", "nesterov"] = "fedavg"
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Used by `nesterov` only."""
+
+
+class AveragingSection(_Section):
+    """How deltas are encoded and merged."""
+
+    codec: Literal["float32", "float16", "int8"] = "float16"
+    block: Annotated[int, Field(ge=16, le=65_536)] = 256
+    """Values that share one scale in `int8`."""
+    part_values: Annotated[int, Field(ge=256, le=1 << 22)] = 1 << 16
+    """Values in one part, the unit of reduction."""
+    weight_cap: Annotated[float, Field(ge=1)] = 4.0
+    """No claim weighs more than this multiple of the median claim."""
+    max_group: Annotated[int, Field(ge=2, le=64)] = 64
+    outer: OuterSection = OuterSection()
+
+    @model_validator(mode="after")
+    def _parts_hold_whole_blocks(self) -> AveragingSection:
+        if self.part_values % self.block:
+            raise ValueError(f"part_values ({self.part_values}) must be a multiple of block ({self.block})")
+        return self
+
+
+class DataSection(_Section):
+    """How shards are shared out."""
+
+    policy: Literal["shared"] = "shared"
+    """`shared`: every member may fetch every shard, so that others can re-run what was trained on it."""
+    redundancy: Annotated[int, Field(ge=1, le=64)] = 1
+    """A shard counts as covered in an epoch when this many merged claims name it."""
+    duplicates: Literal["average", "first"] = "average"
+    """When several claims of one round name a shard: `average` counts all, `first` the lowest digest."""
+
+
+class RetentionSection(_Section):
+    """How long a peer keeps what it could be asked for."""
+
+    checkpoint_rounds: Annotated[int, Field(ge=1, le=1000)] = 2
+    state_rounds: Annotated[int, Field(ge=2, le=1_000_000)] = 8
+
+
+class RunConfig(_Section):
+    """What a person decides about a run."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=128)]
+    task: TaskSection
+    rounds: RoundSection
+    data: DataSection = DataSection()
+    averaging: AveragingSection = AveragingSection()
+    retention: RetentionSection = RetentionSection()
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+
+
+class ShardRef(_Section):
+    """A shard of the run: its name, and what weights and size limits are computed from."""
+
+    digest: HexDigest
+    bytes: Annotated[int, Field(ge=1, le=1 << 40)]
+    clips: Annotated[int, Field(ge=1)]
+    seconds: Annotated[float, Field(gt=0, le=1e9)]
+    dialect: Annotated[str, StringConstraints(max_length=64)]
+
+
+class RunManifest(RunConfig):
+    """A run, complete: everything two strangers need to compute the same states."""
+
+    format: Literal["p2pasr-run/1"] = "p2pasr-run/1"
+    shards: Annotated[tuple[ShardRef, ...], Field(min_length=1, max_length=100_000, strict=False)]
+    initial: HexDigest
+    """Digest of the initial parameters; each peer computes them itself and compares."""
+    parameters: Annotated[int, Field(ge=1, le=1 << 33)]
+    """Number of trained values, from which the sizes of deltas and states follow."""
+
+    @model_validator(mode="after")
+    def _shards_differ(self) -> RunManifest:
+        if len({shard.digest for shard in self.shards}) != len(self.shards):
+            raise ValueError("shards are listed twice")
+        return self
+
+    def canonical(self) -> bytes:
+        """The manifest's blob: canonical msgpack."""
+        return pack(self.model_dump())
+
+    @property
+    def run_id(self) -> bytes:
+        """BLAKE3 of the canonical bytes, 32 bytes: the name of the run."""
+        return blob_digest(self.canonical())
+
+    def write(self, path: Path) -> None:
+        """Write the manifest for people to read and share, as JSON."""
+        path.write_text(json.dumps(self.model_dump(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def read_config(path: Path) -> RunConfig:
+    """Read a run's configuration from YAML.
+
+    Raises:
+        LocalError: not readable, not YAML, or with the place and the reason of the first bad key.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader)  # noqa: S506 (a SafeLoader)
+    except OSError as error:
+        raise LocalError(f"the configuration {path} cannot be read ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise LocalError(f"the configuration {path} is not YAML ({' '.join(str(error).split())})") from error
+    return _validated(RunConfig, content, str(path), LocalError)
+
+
+def read_manifest(path: Path) -> RunManifest:
+    """Read a manifest file that `p2pasr run new` wrote.
+
+    Raises:
+        LocalError: not readable, or not a manifest.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LocalError(f"the manifest {path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise LocalError(f"the manifest {path} is not JSON ({error})") from error
+    return _validated(RunManifest, content, str(path), LocalError)
+
+
+def parse_manifest(blob: bytes) -> RunManifest:
+    """Read a manifest that came from a peer.
+
+    Raises:
+        Reject: too long, not canonical, or not a manifest.
+    """
+    manifest = _validated(RunManifest, unpack(blob, MAX_MANIFEST_BYTES), "the manifest", Reject)
+    if manifest.canonical() != blob:
+        raise Reject("the manifest is not in canonical form")
+    return manifest
+
+
+def validation_message(error: ValidationError, where: str) -> str:
+    """The first problem that pydantic found, as one sentence naming the key."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    place = f"{where}: {key}" if key else where
+    if first["type"] == "extra_forbidden":
+        return f"{place} is not a known key; remove it or check its spelling"
+    if first["type"] == "missing":
+        return f"{place} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {message[0].lower()}{message[1:]} (found {first['input']!r:.60})"
+
+
+def _validated(model: type[S], content: Any, where: str, failure: type[P2pasrError]) -> S:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise failure(validation_message(error, where)) from error
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text; people mean a number."""
+
+
+_YamlLoader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)

@@ -1,0 +1,251 @@
+"""Every record that peers exchange: frozen dataclasses, strictly typed, canonically encoded, signed.
+
+A record travels as `Signed`: canonical msgpack of {body, kind, signature}. Reading one checks, in
+this order: its size, its canonical form, its kind, the types and bounds of its fields, and the
+signature against the peer that its own body names. What a record *means* is checked in `rules`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar, Final, Generic, Literal, TypeVar
+
+from annotated_types import Ge, Le, Len, MaxLen
+from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
+
+from p2pasr.errors import Reject
+from p2pasr.protocol.encoding import DIGEST_BYTES, digest, pack, unpack
+from p2pasr.protocol.signing import SIGNATURE_BYTES, Signer, sign, verify
+
+MAX_RECORD_BYTES: Final = 8 * 1024
+"""Longest record in the DHT; everything bigger is a blob that a record names."""
+
+MAX_RECEIPT_BYTES: Final = 1 << 20
+"""Longest receipt: it names every part of one reducer, and travels on a stream, not in the DHT."""
+
+Digest = Annotated[bytes, Len(DIGEST_BYTES, DIGEST_BYTES)]
+PeerId = Annotated[str, StringConstraints(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$")]
+Count = Annotated[int, Ge(0), Le(1 << 48)]
+Round = Annotated[int, Ge(0), Le(1 << 31)]
+Amount = Annotated[float, Ge(0.0), Le(1e15)]
+Loss = Annotated[float, Ge(-1e9), Le(1e9)]
+Word = Annotated[str, MaxLen(128)]
+Stage = Literal["waiting", "training", "claimed", "leaving"]
+
+_CLOSED: Final = ConfigDict(extra="forbid")
+"""No unknown fields. Types need no strict mode: :func:`unseal` refuses whatever was coerced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """I am here: what a peer is doing now. Renewed every few seconds, expires soon after.
+
+    Attributes:
+        round, state: the round it works on and the digest of the state it starts from.
+        stage: waiting (holds the state, will train the next round), training, claimed (done
+            training, its claim is published), leaving.
+        segments: segments finished in this round.
+        closes_at: when it stops training this round, seconds since 1970.
+        hardware: its hardware class, self-declared.
+        addresses: multiaddrs under which it can be reached, for peers whose entry points are gone.
+    """
+
+    kind: ClassVar[str] = "roster"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    run: Digest
+    peer: PeerId
+    round: Round
+    state: Digest
+    stage: Stage
+    segments: Count
+    closes_at: Amount
+    client_mode: bool
+    hardware: Word
+    version: Word
+    addresses: Annotated[tuple[Annotated[str, MaxLen(256)], ...], MaxLen(8)]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The commitment to a delta and how it was made, published before anyone sees the delta.
+
+    Attributes:
+        round, state: trained in this round, from the state with this digest.
+        shards: digests of the shards trained on, as assigned.
+        segments, steps, samples: how much was trained.
+        trace_root: Merkle root over the segment-end checkpoints.
+        delta_root: Merkle root over the parts of the encoded delta.
+        delta_norm: L2 norm of the delta before encoding.
+        loss_before, loss_after: mean loss of the first and of the last segment.
+        hardware: self-declared hardware class of the training.
+    """
+
+    kind: ClassVar[str] = "claim"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    run: Digest
+    peer: PeerId
+    round: Round
+    state: Digest
+    shards: Annotated[tuple[Digest, ...], Len(1, 128)]
+    segments: Annotated[int, Ge(1), Le(1 << 16)]
+    steps: Annotated[int, Ge(1), Le(1 << 24)]
+    samples: Annotated[int, Ge(1), Le(1 << 40)]
+    trace_root: Digest
+    delta_root: Digest
+    delta_norm: Amount
+    loss_before: Loss
+    loss_after: Loss
+    hardware: Word
+
+
+@dataclass(frozen=True, slots=True)
+class Attestation:
+    """I computed this state: a peer's signature under the state before round `round`.
+
+    Attributes:
+        state: its digest; the state blob has the same digest.
+        parent: digest of the state one round earlier (of itself for the first).
+        work: seconds of audio merged into the state since the start of the run.
+    """
+
+    kind: ClassVar[str] = "attestation"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    run: Digest
+    peer: PeerId
+    round: Round
+    state: Digest
+    parent: Digest
+    work: Amount
+
+
+@dataclass(frozen=True, slots=True)
+class PartReceipt:
+    """What one part of the average was made of.
+
+    Attributes:
+        index: which part of the delta.
+        senders: positions, in the group's order, of the peers whose parts are in it; ascending.
+        result: digest of the encoded result.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    index: Count
+    senders: Annotated[tuple[Annotated[int, Ge(0), Le(1023)], ...], Len(1, 1024)]
+    result: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """A reducer's statement of what it reduced in one group.
+
+    Attributes:
+        group: the group's identifier, made by its leader.
+        members: digests of the members' claims, in the group's order.
+    """
+
+    kind: ClassVar[str] = "receipt"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    run: Digest
+    peer: PeerId
+    round: Round
+    state: Digest
+    group: Annotated[bytes, Len(8, 64)]
+    members: Annotated[tuple[Digest, ...], Len(1, 1024)]
+    parts: Annotated[tuple[PartReceipt, ...], MaxLen(1 << 16)]
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """I hold this blob and give it to whoever asks."""
+
+    kind: ClassVar[str] = "provider"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    run: Digest
+    peer: PeerId
+    blob: Digest
+    size: Count
+
+
+Message = Roster | Claim | Attestation | Receipt | Provider
+M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class Signed(Generic[M]):
+    """A record with its author's signature; to hold one is to know that it was checked."""
+
+    message: M
+    signature: bytes
+
+    def pack(self) -> bytes:
+        """The bytes that travel."""
+        return pack({"body": asdict(self.message), "kind": self.message.kind, "signature": self.signature})
+
+    @property
+    def digest(self) -> bytes:
+        """Names the message, whatever the signature: 32 bytes."""
+        return message_digest(self.message)
+
+
+def message_digest(message: Message) -> bytes:
+    """Names a message: the digest of its canonical body in the domain of its kind."""
+    return digest(message.kind, pack(asdict(message)))
+
+
+def seal(signer: Signer, message: M) -> Signed[M]:
+    """Sign a message in one's own name.
+
+    Raises:
+        ValueError: the message names another peer.
+    """
+    if message.peer != signer.peer:
+        raise ValueError(f"{signer.peer} cannot sign for {message.peer}")
+    return Signed(message, sign(signer, message.kind, pack(asdict(message))))
+
+
+def unseal(data: bytes, expected: type[M], max_bytes: int = MAX_RECORD_BYTES) -> Signed[M]:
+    """Read a signed record and check its size, form, kind, fields and signature, in that order.
+
+    Raises:
+        Reject: any of these does not hold.
+    """
+    outer = unpack(data, max_bytes)
+    if not isinstance(outer, dict) or outer.keys() != {"body", "kind", "signature"}:
+        raise Reject("a record is not {body, kind, signature}")
+    if outer["kind"] != expected.kind:
+        raise Reject(f"a record is a {outer['kind']!r} where a {expected.kind!r} belongs")
+    signature = outer["signature"]
+    if not isinstance(signature, bytes) or len(signature) != SIGNATURE_BYTES:
+        raise Reject(f"a signature has {SIGNATURE_BYTES} bytes")
+    message = read_fields(outer["body"], expected)
+    body = pack(outer["body"])
+    if pack(asdict(message)) != body:  # a coerced value, such as 1 or "1" where 1.0 belongs
+        raise Reject(f"a {expected.kind} is not in canonical form")
+    verify(message.peer, expected.kind, body, signature)
+    return Signed(message, signature)
+
+
+def read_fields(body: Any, expected: type[M]) -> M:
+    """Build a message from a map, checking every field's type and bounds.
+
+    Raises:
+        Reject: a field is missing, unknown, of another type or out of bounds.
+    """
+    try:
+        return _adapter(expected).validate_python(body)  # type: ignore[no-any-return]
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise Reject(f"a {expected.kind}'s {where} is malformed ({first['msg']})") from None
+
+
+@lru_cache
+def _adapter(message: type[Message]) -> TypeAdapter[Any]:
+    return TypeAdapter(message)

@@ -1,0 +1,122 @@
+"""What a record must satisfy before it is used. Each rule raises Ignore or Reject with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from p2pasr.errors import Ignore, Reject
+from p2pasr.protocol.assignment import assign
+from p2pasr.protocol.manifest import RunManifest
+from p2pasr.protocol.messages import Attestation, Claim, Receipt, Roster, Signed
+from p2pasr.protocol.signing import short
+
+
+@dataclass(frozen=True)
+class RoundView:
+    """What this peer knows of a round; the rules are judged against it.
+
+    Attributes:
+        round, state: the round, and the digest of the state it starts from.
+        covered: hex digest of a shard → merged claims that named it in this epoch.
+    """
+
+    manifest: RunManifest
+    run: bytes
+    round: int
+    state: bytes
+    covered: Mapping[str, int]
+
+
+def check_claim(claim: Claim, view: RoundView) -> None:
+    """May this claim's delta be averaged in this round?
+
+    Raises:
+        Ignore: it belongs to another round or another state; its author may just be behind.
+        Reject: it breaks a rule that its author could check.
+    """
+    who = f"the claim of {short(claim.peer)}"
+    # C1 A claim is for one run.
+    if claim.run != view.run:
+        raise Reject(f"{who} is for another run")
+    # C2 It is for the round under way: not one that is over, not one that cannot have begun.
+    if claim.round != view.round:
+        raise Ignore(f"{who} is for round {claim.round}, this is round {view.round}")
+    # C3 It was trained from the agreed state. A delta from another state moves in a direction that was never measured.
+    if claim.state != view.state:
+        raise Ignore(f"{who} starts from another state ({claim.state.hex()[:8]}, not {view.state.hex()[:8]})")
+    # C4 It names the assigned shards, all of them, in order.
+    if claim.shards != assign(view.manifest, view.state, view.covered, claim.peer):
+        raise Reject(f"{who} names other shards than it was assigned")
+    # C5 Its numbers follow from the manifest and the number of segments.
+    rounds = view.manifest.rounds
+    if claim.segments > rounds.segments:
+        raise Reject(f"{who} states {claim.segments} segments, a round has {rounds.segments}")
+    if claim.steps != claim.segments * rounds.steps_per_segment:
+        raise Reject(f"{who} states {claim.steps} steps in {claim.segments} segments")
+    if claim.samples != claim.steps * rounds.samples_per_step:
+        raise Reject(f"{who} states {claim.samples} samples in {claim.steps} steps")
+
+
+def check_roster(roster: Roster, run: bytes) -> None:
+    """Is this a member of our run?
+
+    Raises:
+        Reject: no.
+    """
+    # R1 A roster record is for one run.
+    if roster.run != run:
+        raise Reject(f"the roster record of {short(roster.peer)} is for another run")
+
+
+def check_attestation(attestation: Attestation, manifest: RunManifest, run: bytes) -> None:
+    """May this attestation be counted?
+
+    Raises:
+        Reject: no.
+    """
+    who = f"the attestation of {short(attestation.peer)}"
+    # A1 An attestation is for one run.
+    if attestation.run != run:
+        raise Reject(f"{who} is for another run")
+    # A2 A run has so many rounds; a state after the last is nobody's.
+    if attestation.round > manifest.rounds.rounds:
+        raise Reject(f"{who} is for round {attestation.round}, the run has {manifest.rounds.rounds}")
+    # A3 Every state but the first has another as its parent.
+    if (attestation.round == 0) != (attestation.parent == attestation.state):
+        raise Reject(f"{who} names an impossible parent")
+
+
+def check_receipts(
+    receipts: Iterable[Signed[Receipt]], group: bytes, members: tuple[Signed[Claim], ...], parts: int
+) -> None:
+    """Do these receipts account for every part of an average exactly once?
+
+    Args:
+        group: the group's identifier.
+        members: the claims of the group, in its order.
+        parts: parts of the delta.
+
+    Raises:
+        Reject: a receipt is of another group or by a stranger, or parts are missing or doubled.
+    """
+    digests = tuple(member.digest for member in members)
+    peers = {member.message.peer for member in members}
+    seen: dict[int, str] = {}
+    for receipt in (signed.message for signed in receipts):
+        who = f"the receipt of {short(receipt.peer)}"
+        # P1 A receipt is about this group and its members, by one of them.
+        if receipt.group != group or receipt.members != digests or receipt.peer not in peers:
+            raise Reject(f"{who} is about another group")
+        for part in receipt.parts:
+            # P2 Each part is reduced by one peer, once.
+            if part.index in seen:
+                raise Reject(f"part {part.index} is in the receipts of {short(seen[part.index])} and {short(receipt.peer)}")
+            seen[part.index] = receipt.peer
+            # P3 Senders are members, each once, in order.
+            if list(part.senders) != sorted(set(part.senders)) or part.senders[-1] >= len(members):
+                raise Reject(f"{who} names impossible senders for part {part.index}")
+    # P4 Nothing is missing.
+    if seen.keys() != set(range(parts)):
+        missing = sorted(set(range(parts)) - seen.keys())
+        raise Reject(f"no receipt covers part {missing[0] if missing else max(seen)}")

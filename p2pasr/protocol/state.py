@@ -1,0 +1,191 @@
+"""The state that all peers agree on, and how a round moves it. Pure: equal rounds give equal bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+
+from p2pasr.errors import Reject
+from p2pasr.protocol.encoding import DIGEST_BYTES, blob_digest
+from p2pasr.protocol.manifest import RunManifest
+from p2pasr.protocol.messages import Claim
+from p2pasr.protocol.tensors import Tensors, pack_tensors, unpack_tensors
+
+FORMAT: Final = "p2pasr-state/1"
+NO_PARENT: Final = bytes(DIGEST_BYTES)
+
+_PARAM, _MOMENT = "param/", "moment/"
+
+
+@dataclass(frozen=True)
+class State:
+    """What is agreed on before a round.
+
+    Attributes:
+        run: the run's id, 32 bytes.
+        round: the round that will be trained from this state.
+        parent: digest of the state one round earlier; zeros before round 0.
+        params: name → float32, the trained parameters.
+        moments: name → float32, what the outer optimizer remembers; may be empty.
+        epoch: how often all shards have been covered.
+        covered: hex digest of a shard → merged claims that named it in this epoch.
+        credit: peer → seconds of audio of its merged claims.
+    """
+
+    run: bytes
+    round: int
+    parent: bytes
+    params: Tensors
+    moments: Tensors
+    epoch: int
+    covered: dict[str, int]
+    credit: dict[str, float]
+
+    @cached_property
+    def blob(self) -> bytes:
+        """The state's canonical bytes."""
+        tensors = {_PARAM + name: value for name, value in self.params.items()}
+        tensors |= {_MOMENT + name: value for name, value in self.moments.items()}
+        meta = {
+            "format": FORMAT,
+            "run": self.run.hex(),
+            "round": self.round,
+            "parent": self.parent.hex(),
+            "epoch": self.epoch,
+            "covered": self.covered,
+            "credit": self.credit,
+        }
+        return pack_tensors(tensors, meta)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """H_r: names the state, and its blob."""
+        return blob_digest(self.blob)
+
+    @property
+    def work(self) -> float:
+        """Seconds of audio merged since the start of the run."""
+        return sum(self.credit[peer] for peer in sorted(self.credit))
+
+
+def genesis(manifest: RunManifest, params: Tensors) -> State:
+    """The state before round 0, which every peer computes for itself from the manifest."""
+    return State(manifest.run_id, 0, NO_PARENT, params, {}, 0, {}, {})
+
+
+def params_digest(params: Tensors) -> bytes:
+    """Names a set of parameters: 32 bytes. The manifest holds that of the initial ones."""
+    return blob_digest(pack_tensors(params, {}))
+
+
+def max_state_bytes(manifest: RunManifest) -> int:
+    """The longest blob that can be a state of this run, decided before one is fetched.
+
+    Parameters and at most two moments of four bytes each; a megabyte for headers and the ledger, and
+    a generous 128 bytes a shard.
+    """
+    return 3 * 4 * manifest.parameters + (1 << 20) + 128 * len(manifest.shards)
+
+
+def parse_state(blob: bytes, manifest: RunManifest, like: Tensors) -> State:
+    """Read a state that came from a peer.
+
+    Args:
+        like: the initial parameters, whose names, shapes and dtypes the state's must match.
+
+    Raises:
+        Reject: it is no state of this run.
+    """
+    tensors, meta = unpack_tensors(blob)
+    params = {name.removeprefix(_PARAM): value for name, value in tensors.items() if name.startswith(_PARAM)}
+    moments = {name.removeprefix(_MOMENT): value for name, value in tensors.items() if name.startswith(_MOMENT)}
+    if {name: (a.shape, a.dtype) for name, a in params.items()} != {
+        name: (a.shape, a.dtype) for name, a in like.items()
+    }:
+        raise Reject("a state holds other parameters than this run trains")
+    if not all(np.isfinite(value).all() for value in tensors.values()):
+        raise Reject("a state holds values that are not finite")
+    try:
+        state = State(
+            run=bytes.fromhex(meta["run"]),
+            round=meta["round"],
+            parent=bytes.fromhex(meta["parent"]),
+            params=params,
+            moments=moments,
+            epoch=meta["epoch"],
+            covered=meta["covered"],
+            credit=meta["credit"],
+        )
+        sound = meta["format"] == FORMAT and type(state.round) is int and state.blob == blob
+    except (KeyError, TypeError, ValueError) as error:
+        raise Reject(f"a state's description is malformed ({error})") from None
+    if not sound or state.run != manifest.run_id:
+        raise Reject("a state is not a canonical state of this run")
+    return state
+
+
+def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params: Tensors, moments: Tensors) -> State:
+    """S_{r+1}: the ledger folded over the merged claims, with the outer optimizer's new parameters.
+
+    Args:
+        claims: those that are in every part of the average; their order does not matter.
+        params, moments: what the outer optimizer made of the average.
+    """
+    merged = sorted(claims, key=lambda claim: claim.peer)
+    covered, epoch = _cover(state, manifest, merged)
+    credit = dict(state.credit)
+    seconds = shard_seconds(manifest)
+    for claim in merged:
+        credit[claim.peer] = credit.get(claim.peer, 0.0) + trained_seconds(claim, manifest, seconds)
+    return State(
+        run=state.run,
+        round=state.round + 1,
+        parent=state.digest,
+        params=params,
+        moments=moments,
+        epoch=epoch,
+        covered=covered,
+        credit=credit,
+    )
+
+
+def shard_seconds(manifest: RunManifest) -> dict[str, float]:
+    """Hex digest of each shard → seconds of audio in it."""
+    return {shard.digest: shard.seconds for shard in manifest.shards}
+
+
+def trained_seconds(claim: Claim, manifest: RunManifest, seconds: Mapping[str, float]) -> float:
+    """Seconds of audio that a claim stands for, computed from what the manifest and assignment say.
+
+    The audio in its shards, scaled by the share of the round's segments that it trained: nothing a
+    peer states about its own effort enters beyond the number of segments, which audits re-run.
+    """
+    audio = sum(seconds[shard.hex()] for shard in sorted(claim.shards))
+    return audio * claim.segments / manifest.rounds.segments
+
+
+def _cover(state: State, manifest: RunManifest, merged: Iterable[Claim]) -> tuple[dict[str, int], int]:
+    covered = dict(state.covered)
+    for claim in merged:
+        for shard in claim.shards:
+            covered[shard.hex()] = covered.get(shard.hex(), 0) + 1
+    wanted = manifest.data.redundancy
+    if all(covered.get(shard.digest, 0) >= wanted for shard in manifest.shards):
+        return {}, state.epoch + 1
+    return dict(sorted(covered.items())), state.epoch
+
+
+def describe(state: State) -> dict[str, Any]:
+    """A state's ledger as plain values, for logs and pages."""
+    return {
+        "round": state.round,
+        "state": state.digest.hex(),
+        "epoch": state.epoch,
+        "shards_covered": len(state.covered),
+        "seconds_merged": round(state.work, 1),
+        "peers_credited": len(state.credit),
+    }

@@ -1,0 +1,110 @@
+"""What a task is: the four things a peer asks of whatever it trains.
+
+Training is a pure function. A segment takes the parameters, the inner optimizer's moments, the
+shards and a seed, and returns the next parameters and moments; the same inputs on the same hardware
+give the same bits, so that another peer can re-run it. Nothing is remembered between calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from p2pasr.protocol.tensors import Tensors, pack_tensors, unpack_tensors
+
+CHECKPOINT_FORMAT = "p2pasr-checkpoint/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Everything that training continues from.
+
+    Attributes:
+        params: name → float32, the trained parameters.
+        moments: name → array, the inner optimizer's state; empty at the start of a round.
+        step: optimizer steps taken since the start of the round.
+    """
+
+    params: Tensors
+    moments: Tensors = field(default_factory=dict)
+    step: int = 0
+
+    def pack(self) -> bytes:
+        """The canonical bytes, whose digest a trace commits to."""
+        tensors = {f"param/{name}": value for name, value in self.params.items()}
+        tensors |= {f"moment/{name}": value for name, value in self.moments.items()}
+        return pack_tensors(tensors, {"format": CHECKPOINT_FORMAT, "step": self.step})
+
+    @classmethod
+    def unpack(cls, data: bytes | memoryview) -> Checkpoint:
+        """Read what :meth:`pack` wrote.
+
+        Raises:
+            Reject: the bytes are no canonical tensor file.
+        """
+        tensors, meta = unpack_tensors(data)
+        return cls(
+            params={k.removeprefix("param/"): v for k, v in tensors.items() if k.startswith("param/")},
+            moments={k.removeprefix("moment/"): v for k, v in tensors.items() if k.startswith("moment/")},
+            step=int(meta["step"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentPlan:
+    """How one segment is trained.
+
+    Attributes:
+        seed: 32 bytes from which every random number of the segment follows.
+        steps: optimizer steps.
+        samples_per_step: examples in each step.
+        first_step: where the segment stands in the run, for the learning rate's schedule.
+        total_steps: steps of the whole run.
+    """
+
+    seed: bytes
+    steps: int
+    samples_per_step: int
+    first_step: int
+    total_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentReport:
+    """What a segment did: mean loss over its steps, examples seen."""
+
+    loss: float
+    samples: int
+
+
+OnStep = Callable[[int, float], None]
+"""Called after every step with (steps done in the segment, loss)."""
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What a peer can train. `build` in this package makes one from a manifest."""
+
+    def initial_params(self) -> Tensors:
+        """The parameters before round 0: a pure function of configuration and seed, equal bits everywhere."""
+
+    def segment(
+        self, start: Checkpoint, shards: Sequence[Path], plan: SegmentPlan, on_step: OnStep | None = None
+    ) -> tuple[Checkpoint, SegmentReport]:
+        """Train one segment.
+
+        Raises:
+            NonFiniteStep: a loss or gradient was NaN or infinite.
+        """
+
+    def evaluate(self, params: Tensors | None, shards: Sequence[Path]) -> Mapping[str, Any]:
+        """Score parameters on held-out shards in the task's own metric; None scores the untrained base."""
+
+    def export(self, params: Tensors, out: Path, about: Mapping[str, Any]) -> None:
+        """Write the trained model for others to load, with `about` (run, round, …) beside it."""
+
+    @property
+    def hardware_class(self) -> str:
+        """Device, library builds, instruction set, precision and threads: equal classes give equal bits."""

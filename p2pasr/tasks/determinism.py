@@ -1,0 +1,59 @@
+"""The same inputs give the same bits: seeds, algorithms and the name of the hardware."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from p2pasr.protocol.encoding import keyed_bytes
+
+
+@contextlib.contextmanager
+def reproducible(seed: bytes, device: torch.device) -> Iterator[None]:
+    """Run a block with torch's generators seeded and only deterministic algorithms.
+
+    Restores the caller's generators and setting afterwards.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int.from_bytes(keyed_bytes(seed + b"torch", 8), "big"))
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+
+def shuffled(count: int, key: bytes) -> list[int]:
+    """A permutation of range(count), the same for the same key with every version of every library."""
+    ranks = np.frombuffer(keyed_bytes(key, 8 * count), dtype="<u8")
+    return np.argsort(ranks, kind="stable").tolist()  # type: ignore[no-any-return]
+
+
+def uniform(shape: tuple[int, ...], bound: float, key: bytes) -> npt.NDArray[np.float32]:
+    """Values from the uniform distribution over [-bound, bound), equal bits on every machine.
+
+    24 bits each, so that every step of the arithmetic is exact but the last multiplication.
+    """
+    count = int(np.prod(shape))
+    raw = np.frombuffer(keyed_bytes(key, 4 * count), dtype="<u4") >> np.uint32(8)
+    unit = raw.astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
+    return np.multiply(unit, np.float32(bound)).reshape(shape)
+
+
+def hardware_class(device: torch.device, precision: str) -> str:
+    """Device model, library builds, instruction set, precision and threads, as one short word."""
+    build = f"torch{torch.__version__}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device).replace(" ", "-")
+        return f"cuda/{name}/cuda{torch.version.cuda}/{build}/{precision}"
+    capability = torch.backends.cpu.get_cpu_capability().replace(" ", "-")
+    return f"cpu/{capability}/{torch.get_num_threads()}t/{build}/{precision}"
