@@ -160,20 +160,7 @@ class Receipt:
     parts: Annotated[tuple[PartReceipt, ...], MaxLen(1 << 16)]
 
 
-@dataclass(frozen=True, slots=True)
-class Provider:
-    """I hold this blob and give it to whoever asks."""
-
-    kind: ClassVar[str] = "provider"
-    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
-
-    run: Digest
-    peer: PeerId
-    blob: Digest
-    size: Count
-
-
-Message = Roster | Claim | Attestation | Receipt | Provider
+Message = Roster | Claim | Attestation | Receipt
 M = TypeVar("M", bound=Message)
 
 

@@ -1,0 +1,228 @@
+"""The network process: a node and the services on it, in one event loop, serving a training process.
+
+Services – blobs, matchmaking, all-reduce – register their stream handlers and calls here. hivemind's
+averager, which is a process, an RPC service and a state server in one, is not used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+
+from p2pasr.errors import P2pasrError, RemoteError, TransportError
+from p2pasr.peers.blobs import BlobStore
+from p2pasr.peers.channel import HEADER, MAX_FRAME_BYTES, decode_body, encode_frame, error_to_wire
+from p2pasr.peers.config import LinkConfig
+from p2pasr.peers.directory import Directory
+from p2pasr.peers.identity import Identity
+from p2pasr.peers.node import Node
+from p2pasr.peers.streams import Pacer, Stream
+
+STREAM_SECONDS: Final = 30.0
+"""How long a single read or write on a stream may take."""
+
+OPEN_SECONDS: Final = 10.0
+MAX_INCOMING: Final = 128
+"""Incoming streams that are served at once; more are refused."""
+
+Emit = Callable[[dict[str, Any]], None]
+Handler = Callable[[Stream], Awaitable[None]]
+Call = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+
+
+class Service(Protocol):
+    """Something that runs on a host."""
+
+    async def start(self, host: Host) -> None:
+        """Register handlers and calls."""
+
+
+class Host:
+    """Everything that a peer's services share.
+
+    Args:
+        config: what the training process asked for.
+        emit: sends an event to the training process.
+    """
+
+    def __init__(self, config: LinkConfig, emit: Emit) -> None:
+        self.config = config
+        self.emit = emit
+        self.node = Node(config.node, lambda reason: emit({"event": "waiting", "reason": reason}))
+        self.store = BlobStore(Path(config.store_root), config.budget_bytes)
+        self.pacer = Pacer(config.upload_bytes_per_second)
+        self.calls: dict[str, Call] = {"announce": self._announce, "lookup": self._lookup, "status": self._status}
+        self.directory: Directory
+        self._incoming = 0
+
+    @property
+    def run(self) -> bytes:
+        """The run's id, 32 bytes."""
+        return self.config.run
+
+    @property
+    def identity(self) -> Identity:
+        """This peer's key."""
+        return self.node.identity
+
+    @property
+    def peer(self) -> str:
+        """This peer's ID."""
+        return self.node.peer
+
+    @property
+    def p2p(self) -> P2P:
+        """The libp2p daemon."""
+        return self.node.p2p
+
+    async def start(self, services: list[Service]) -> None:
+        """Join the network and start the services.
+
+        Raises:
+            LocalError: this machine or its configuration stands in the way.
+            TransportError: nobody could be reached.
+        """
+        for path, digest in self.config.lend:
+            self.store.lend(Path(path), digest)
+        await self.node.start()
+        self.directory = Directory(self.node.dht, self.run)
+        for service in services:
+            await service.start(self)
+
+    async def stop(self) -> None:
+        """Leave the network."""
+        if hasattr(self, "directory"):
+            await self.directory.stop()
+        await self.node.stop()
+
+    def protocol_name(self, name: str) -> str:
+        """A stream protocol's full name, scoped by the run."""
+        return f"/p2pasr/1/{self.run.hex()}/{name}"
+
+    async def serve(self, name: str, handler: Handler) -> None:
+        """Handle incoming streams of a protocol; errors end the stream, never the process."""
+
+        async def handle(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            stream = Stream(str(info.peer_id), reader, writer, self.pacer, STREAM_SECONDS)
+            self._incoming += 1
+            try:
+                if self._incoming > MAX_INCOMING:
+                    raise TransportError("too many streams at once")
+                await handler(stream)
+            except (P2pasrError, OSError) as error:
+                with contextlib.suppress(P2pasrError, OSError):
+                    await stream.send({"error": str(error)})
+                if isinstance(error, RemoteError):
+                    self.emit({"event": "refused", "reason": str(error), "peer": stream.peer})
+            finally:
+                self._incoming -= 1
+                stream.close()
+
+        await self.p2p.add_binary_stream_handler(self.protocol_name(name), handle)
+
+    @contextlib.asynccontextmanager
+    async def open(self, peer: str, name: str, timeout: float = STREAM_SECONDS) -> AsyncIterator[Stream]:
+        """Open a stream to a peer; it is closed when the block ends.
+
+        Raises:
+            TransportError: the peer cannot be reached or does not speak the protocol.
+        """
+        try:
+            async with asyncio.timeout(OPEN_SECONDS):
+                _, reader, writer = await self.p2p.call_binary_stream_handler(
+                    PeerID.from_base58(peer), self.protocol_name(name)
+                )
+        except (TimeoutError, OSError, P2PDaemonError, P2PHandlerError, ControlFailure) as error:
+            raise TransportError(f"…{peer[-6:]} cannot be reached ({error or 'no answer'})") from error
+        stream = Stream(peer, reader, writer, self.pacer, timeout)
+        try:
+            yield stream
+        finally:
+            stream.close()
+
+    async def _announce(self, args: dict[str, Any]) -> dict[str, Any]:
+        stored = await self.directory.keep(**args)
+        return {"stored": stored}
+
+    async def _lookup(self, args: dict[str, Any]) -> dict[str, Any]:
+        return {"records": await self.directory.get(args["kind"], args["scope"])}
+
+    async def _status(self, _args: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "maddrs": await self.node.maddrs(),
+            "connections": len(await self.p2p.list_peers()),
+            "bytes_sent": self.pacer.sent,
+            "bytes_received": self.pacer.received,
+        }
+
+
+async def run_host(config: LinkConfig, channel: socket.socket, services: list[Service]) -> None:
+    """Serve a training process until it closes the channel or the daemon dies."""
+    reader, writer = await asyncio.open_connection(sock=channel)
+
+    def emit(message: dict[str, Any]) -> None:
+        if not writer.is_closing():
+            writer.write(encode_frame(message))
+
+    host: Host | None = None
+    try:
+        host = Host(config, emit)
+        await host.start(services)
+        emit({"event": "ready", "peer": host.peer, "maddrs": await host.node.maddrs()})
+        await _serve_calls(host, reader)
+    except P2pasrError as error:
+        emit({"event": "fatal", "error": error_to_wire(error)})
+    finally:
+        if host is not None:
+            await host.stop()
+        with contextlib.suppress(ConnectionError):
+            await writer.drain()
+        writer.close()
+
+
+async def _serve_calls(host: Host, reader: asyncio.StreamReader) -> None:
+    tasks: dict[int, asyncio.Task[None]] = {}
+
+    async def answer(number: int, name: str, args: dict[str, Any]) -> None:
+        try:
+            host.emit({"id": number, "result": await host.calls[name](args)})
+        except P2pasrError as error:
+            host.emit({"id": number, "error": error_to_wire(error)})
+        except Exception as error:  # noqa: BLE001 (a bug in one call must not end the others)
+            traceback.print_exc()
+            host.emit({"id": number, "error": error_to_wire(error)})
+        finally:
+            tasks.pop(number, None)
+
+    async def listen() -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                size = HEADER.unpack(await reader.readexactly(HEADER.size))[0]
+                if size > MAX_FRAME_BYTES:
+                    return
+                message = decode_body(await reader.readexactly(size))
+                if "cancel" in message:
+                    if (task := tasks.get(message["cancel"])) is not None:
+                        task.cancel()
+                    continue
+                number = message["id"]
+                tasks[number] = asyncio.create_task(answer(number, message["call"], message["args"]))
+
+    listening = asyncio.create_task(listen())
+    daemon = asyncio.create_task(host.node.died())
+    try:
+        await asyncio.wait({listening, daemon}, return_when=asyncio.FIRST_COMPLETED)
+        if daemon.done():
+            raise TransportError("the libp2p daemon died")
+    finally:
+        for task in (listening, daemon, *tasks.values()):
+            task.cancel()

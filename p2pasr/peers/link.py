@@ -1,0 +1,236 @@
+"""The training process's handle on its network process: start, call, restart, stop."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from p2pasr.errors import LinkDown, LocalError, P2pasrError, TransportError
+from p2pasr.peers.config import LinkConfig
+from p2pasr.peers.channel import encode_frame, error_from_wire, read_frame
+
+MODULE: Final = "p2pasr.network"
+"""What the network process runs: `python -m p2pasr.network`."""
+
+STARTUP_SECONDS: Final = 90.0
+STOP_SECONDS: Final = 3.0
+BACKOFF_SECONDS: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
+
+EventHandler = Callable[[dict[str, Any]], None]
+"""Called from the handle's thread with each event of the network process."""
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One life of the network process."""
+
+    process: subprocess.Popen[bytes]
+    channel: socket.socket
+    pending: dict[int, Future[dict[str, Any]]] = field(default_factory=dict)
+
+
+class Link:
+    """A network process that is kept alive.
+
+    Args:
+        config: what it is started with.
+        on_event: told of its events: `ready`, `waiting`, `warning`, `down`.
+        log_path: file for what it writes to stderr.
+    """
+
+    def __init__(self, config: LinkConfig, on_event: EventHandler, log_path: Path) -> None:
+        self._socket_dir = tempfile.mkdtemp(prefix="p2pasr-")
+        self.config = replace(config, node=replace(config.node, socket_dir=self._socket_dir))
+        self._on_event = on_event
+        self._log_path = log_path
+        self._ids = itertools.count(1)
+        self._lock = threading.Lock()
+        self._attempt: _Attempt | None = None
+        self._stopping = threading.Event()
+        self._up = threading.Event()
+        self._announcements: dict[str, dict[str, Any]] = {}
+        self._failure: P2pasrError | None = None
+        self._thread = threading.Thread(target=self._supervise, name="link", daemon=True)
+        self.maddrs: tuple[str, ...] = ()
+        self.restarts = 0
+
+    def start(self) -> None:
+        """Start the process and wait until it has joined the network.
+
+        Raises:
+            LocalError: it cannot run here (port in use, bad address, wrong clock, …).
+            TransportError: it could not join in time.
+        """
+        self._thread.start()
+        deadline = time.monotonic() + STARTUP_SECONDS + self.config.node.join_seconds
+        while not self._up.wait(0.1):
+            if self._failure is not None:
+                raise self._failure
+            if time.monotonic() > deadline:
+                raise TransportError("the network process did not start in time; see " + str(self._log_path))
+
+    def call(self, method: str, timeout: float, **args: Any) -> dict[str, Any]:
+        """Ask the network process for something and wait for the answer.
+
+        Args:
+            timeout: seconds; when they are over the call is cancelled there too.
+
+        Raises:
+            LinkDown: the process is down or died meanwhile; it is being restarted.
+            TransportError: no answer in time.
+        """
+        future: Future[dict[str, Any]] = Future()
+        with self._lock:
+            attempt = self._attempt
+            if attempt is None or not self._up.is_set():
+                raise self._failure or LinkDown("the network process is being restarted")
+            number = next(self._ids)
+            attempt.pending[number] = future
+            self._send(attempt, {"id": number, "call": method, "args": args})
+        try:
+            return future.result(timeout)
+        except FutureTimeout:
+            raise TransportError(f"{method} was not done within {timeout:.0f} s") from None
+        finally:
+            with self._lock:
+                if attempt.pending.pop(number, None) is not None and not future.done():
+                    self._send(attempt, {"cancel": number})
+
+    def announce(self, slot: str, kind: str, scope: str, record: bytes, ttl: float) -> None:
+        """Publish a record and keep renewing it until it is replaced, across restarts.
+
+        Args:
+            slot: name under which a later call replaces it.
+            kind, scope: where in the directory.
+            record: packed `Signed` message.
+            ttl: seconds that a copy lives without renewal.
+        """
+        args = {"slot": slot, "kind": kind, "scope": scope, "record": record, "ttl": ttl}
+        self._announcements[slot] = args
+        with contextlib.suppress(LinkDown):  # replayed when it is up again
+            self.call("announce", 30.0, **args)
+
+    def wait_up(self, timeout: float) -> None:
+        """Wait until the process is up.
+
+        Raises:
+            LinkDown: it is not, after `timeout` seconds.
+        """
+        if not self._up.wait(timeout):
+            raise self._failure or LinkDown(f"the network process has not come back within {timeout:.0f} s")
+
+    def stop(self) -> None:
+        """End the process and remove its sockets; returns within a few seconds."""
+        self._stopping.set()
+        with self._lock:
+            attempt = self._attempt
+        if attempt is not None:
+            with contextlib.suppress(OSError):
+                attempt.channel.shutdown(socket.SHUT_WR)
+            _end(attempt.process)
+        if self._thread.is_alive():
+            self._thread.join(STOP_SECONDS)
+        shutil.rmtree(self._socket_dir, ignore_errors=True)
+
+    def _supervise(self) -> None:
+        delays = itertools.chain(BACKOFF_SECONDS, itertools.repeat(BACKOFF_SECONDS[-1]))
+        while not self._stopping.is_set():
+            was_up = self._live()
+            if self._stopping.is_set() or (not was_up and isinstance(self._failure, LocalError)):
+                return
+            if self.maddrs == () and self._failure is not None:  # never joined: start() reports it
+                return
+            if was_up:
+                delays = itertools.chain(BACKOFF_SECONDS, itertools.repeat(BACKOFF_SECONDS[-1]))
+            delay = next(delays)
+            reason = f" ({self._failure})" if self._failure else ""
+            self._on_event(
+                {"event": "down", "reason": f"the network process died{reason}; it is restarted in {delay:.0f} s"}
+            )
+            self.restarts += 1
+            self._stopping.wait(delay)
+
+    def _live(self) -> bool:
+        """Start one process and read what it says until it is gone; returns whether it was ever up."""
+        ours, theirs = socket.socketpair()
+        for path in Path(self._socket_dir).iterdir():  # a killed daemon leaves its sockets
+            path.unlink(missing_ok=True)
+        with self._log_path.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", MODULE, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C reaches the training process only, which then ends this one
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            )
+        theirs.close()
+        attempt = _Attempt(process, ours)
+        with self._lock:
+            self._attempt = attempt
+        self._failure = None
+        was_up = False
+        try:
+            self._send(attempt, {"config": asdict(self.config)})
+            while (message := read_frame(ours)) is not None:
+                was_up |= self._take(attempt, message)
+        finally:
+            self._up.clear()
+            with self._lock:
+                self._attempt = None
+                pending, attempt.pending = attempt.pending, {}
+            for future in pending.values():
+                future.set_exception(LinkDown("the network process died; the round is tried again when it is back"))
+            ours.close()
+            _end(process)
+        return was_up
+
+    def _take(self, attempt: _Attempt, message: dict[str, Any]) -> bool:
+        """Act on one message; returns whether it was the news that the process is up."""
+        if "id" in message:
+            with self._lock:
+                future = attempt.pending.get(message["id"])
+            if future is not None and not future.done():
+                if "error" in message:
+                    future.set_exception(error_from_wire(message["error"]))
+                else:
+                    future.set_result(message["result"])
+            return False
+        if message["event"] == "fatal":
+            self._failure = error_from_wire(message["error"])
+            return False
+        if message["event"] == "ready":
+            self.maddrs = tuple(message["maddrs"])
+            for args in list(self._announcements.values()):
+                self._send(attempt, {"id": next(self._ids), "call": "announce", "args": args})
+            self._up.set()
+        self._on_event(message)
+        return bool(message["event"] == "ready")
+
+    def _send(self, attempt: _Attempt, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # a dead process is noticed where its answers are read
+            attempt.channel.sendall(encode_frame(message))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Give a process a moment to end by itself, then end it."""
+    for signal_it in (lambda: None, process.terminate, process.kill):
+        signal_it()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS / 2)
+            return
