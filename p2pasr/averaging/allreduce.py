@@ -397,7 +397,7 @@ def _check_group(group: Group, view: RoundView, ours: Signed[Claim]) -> Members:
         raise Reject("the leader's group is malformed")
     checked = [_check_gathered(peer, data, view) for peer, data in zip(group.peers, group.gathered, strict=True)]
     claims = tuple(claim for claim, _ in checked)
-    reducers = tuple(position for position, (_, reduces) in enumerate(checked) if reduces)
+    reducers = tuple(position for position, (_, reduces) in enumerate(checked) if reduces or len(checked) == 1)
     if ours not in claims:
         raise Reject("the leader's group lacks this peer's claim")
     if not reducers:

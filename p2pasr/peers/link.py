@@ -69,13 +69,16 @@ class Link:
         self.restarts = 0
 
     def start(self) -> None:
-        """Start the process and wait until it has joined the network.
+        """Start the process; :meth:`joined` waits for it."""
+        self._thread.start()
+
+    def joined(self) -> None:
+        """Wait until the process has joined the network.
 
         Raises:
             LocalError: it cannot run here (port in use, bad address, wrong clock, …).
             TransportError: it could not join in time.
         """
-        self._thread.start()
         deadline = time.monotonic() + STARTUP_SECONDS + self.config.node.join_seconds
         while not self._up.wait(0.1):
             if self._failure is not None:
@@ -83,11 +86,11 @@ class Link:
             if time.monotonic() > deadline:
                 raise TransportError("the network process did not start in time; see " + str(self._log_path))
 
-    def call(self, method: str, timeout: float, **args: Any) -> dict[str, Any]:
+    def call(self, method: str, seconds: float, /, **args: Any) -> dict[str, Any]:
         """Ask the network process for something and wait for the answer.
 
         Args:
-            timeout: seconds; when they are over the call is cancelled there too.
+            seconds: how long to wait; when they are over the call is cancelled there too.
 
         Raises:
             LinkDown: the process is down or died meanwhile; it is being restarted.
@@ -102,9 +105,9 @@ class Link:
             attempt.pending[number] = future
             self._send(attempt, {"id": number, "call": method, "args": args})
         try:
-            return future.result(timeout)
+            return future.result(seconds)
         except FutureTimeout:
-            raise TransportError(f"{method} was not done within {timeout:.0f} s") from None
+            raise TransportError(f"{method} was not done within {seconds:.0f} s") from None
         finally:
             with self._lock:
                 if attempt.pending.pop(number, None) is not None and not future.done():

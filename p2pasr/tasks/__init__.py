@@ -36,15 +36,18 @@ def build(
     return LoraTask(_lora_config(kind, config), seed, device, model)
 
 
-def pin(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def pin(kind: str, config: Mapping[str, Any], model: str | None = None) -> dict[str, Any]:
     """The configuration with every default written out and every version fixed, for a manifest.
+
+    Args:
+        model: as for :func:`build`.
 
     Raises:
         LocalError: as :func:`build`.
     """
     from p2pasr.tasks import lora
 
-    return lora.pin(_lora_config(kind, config)).model_dump(mode="json")
+    return lora.pin(_lora_config(kind, config), model).model_dump(mode="json")
 
 
 def _lora_config(kind: str, config: Mapping[str, Any]) -> Any:

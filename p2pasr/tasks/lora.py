@@ -269,9 +269,9 @@ class LoraTask:
         return {name: p.detach().to("cpu", torch.float32).numpy().copy() for name, p in self._trained.items()}
 
 
-def pin(config: LoraTaskConfig) -> LoraTaskConfig:
+def pin(config: LoraTaskConfig, model: str | None = None) -> LoraTaskConfig:
     """Fill in what the manifest must fix: the digest of the base's weights."""
-    return config.model_copy(update={"weights": weights_digest(config.model, config.revision)})
+    return config.model_copy(update={"weights": weights_digest(model or config.model, config.revision)})
 
 
 def learning_rate(config: LoraTaskConfig, step: int, total: int) -> float:

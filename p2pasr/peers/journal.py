@@ -1,0 +1,155 @@
+"""What a peer must not forget when it is killed: which state it holds and what it has claimed.
+
+Two invariants rest on it. A claim is written down before it is published, so a restarted peer never
+publishes a different one for the same round. The head moves only when a round is committed, so what
+a kill can cost is the round in progress.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from p2pasr.errors import LocalError
+from p2pasr.peers.blobs import disk_errors
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A published claim whose round is not over.
+
+    Attributes:
+        round, state: what it was made for.
+        claim: the packed signed claim.
+        delta: digest of the encoded delta in the blob store.
+        checkpoints: digests of the trace, segment by segment.
+    """
+
+    round: int
+    state: bytes
+    claim: bytes
+    delta: bytes
+    checkpoints: tuple[bytes, ...]
+
+
+class Journal:
+    """The files of one run in a peer's state folder.
+
+    Args:
+        folder: the run's folder; made if need be, and locked until the process ends.
+
+    Raises:
+        LocalError: another process uses the folder, or it cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            (folder / "lineage").mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise LocalError(f"the state folder {folder} cannot be used ({error.strerror})") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise LocalError(
+                f"the state folder {folder} is in use by another process; give this one its own with --state-dir"
+            ) from error
+
+    def close(self) -> None:
+        """Unlock the folder."""
+        os.close(self._lock)
+
+    def head(self) -> bytes | None:
+        """Digest of the state after the last committed round."""
+        held = self.held()
+        return held[max(held)] if held else None
+
+    def held(self) -> dict[int, bytes]:
+        """Round → digest of the state that this peer held before it."""
+        return self.read_held(self.folder)
+
+    @staticmethod
+    def read_held(folder: Path) -> dict[int, bytes]:
+        """The same, of a folder that a running peer may have locked."""
+        content = _read(folder / "states.json") or {}
+        return {int(number): bytes.fromhex(state) for number, state in content.items()}
+
+    def hold(self, round_number: int, state: bytes) -> None:
+        """A state is committed; what was held for this round and later ones is forgotten."""
+        held = {number: digest for number, digest in self.held().items() if number < round_number}
+        held[round_number] = state
+        self._write("states.json", {str(number): digest.hex() for number, digest in sorted(held.items())})
+
+    def pending(self) -> Pending | None:
+        """The claim of the round in progress."""
+        content = _read(self.folder / "pending.json")
+        if content is None:
+            return None
+        return Pending(
+            round=content["round"],
+            state=bytes.fromhex(content["state"]),
+            claim=bytes.fromhex(content["claim"]),
+            delta=bytes.fromhex(content["delta"]),
+            checkpoints=tuple(map(bytes.fromhex, content["checkpoints"])),
+        )
+
+    def pend(self, pending: Pending) -> None:
+        """Write down a claim before it is published."""
+        self._write(
+            "pending.json",
+            {
+                "round": pending.round,
+                "state": pending.state.hex(),
+                "claim": pending.claim.hex(),
+                "delta": pending.delta.hex(),
+                "checkpoints": [digest.hex() for digest in pending.checkpoints],
+            },
+        )
+
+    def traces(self) -> dict[int, dict[str, Any]]:
+        """Round → {delta, checkpoints} in hex, as far as they are kept."""
+        content = _read(self.folder / "traces.json") or {}
+        return {int(number): trace for number, trace in content.items()}
+
+    def keep_traces(self, traces: dict[int, dict[str, Any]]) -> None:
+        """Replace what :meth:`traces` returns."""
+        self._write("traces.json", {str(number): trace for number, trace in traces.items()})
+
+    def known_peers(self) -> tuple[str, ...]:
+        """Multiaddrs of peers that were there last time."""
+        return tuple((_read(self.folder / "peers.json") or {}).get("maddrs", ()))
+
+    def remember_peers(self, maddrs: tuple[str, ...]) -> None:
+        """Write down entry points for the next start."""
+        self._write("peers.json", {"maddrs": list(maddrs)})
+
+    def record(self, round_number: int, record: bytes) -> None:
+        """Add a round record to the lineage."""
+        self._replace(self.folder / "lineage" / f"{round_number:08d}.msgpack", record)
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        self._replace(self.folder / name, json.dumps(content, indent=1).encode())
+
+    def _replace(self, path: Path, data: bytes) -> None:
+        part = path.with_name(path.name + ".part")
+        with disk_errors(self.folder):
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise LocalError(f"{path} is damaged ({error}); delete it to start from the network's state") from error

@@ -1,0 +1,96 @@
+"""Reading and writing a run's records through the network process, checked as they come in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from p2pasr.errors import Ignore, Reject
+from p2pasr.peers.link import Link
+from p2pasr.protocol.manifest import RunManifest
+from p2pasr.protocol.messages import Attestation, Claim, Message, Roster, Signed, seal, unseal
+from p2pasr.protocol.rules import RoundView, check_attestation, check_claim, check_roster
+from p2pasr.protocol.signing import Signer, short
+
+ROSTER_TTL: Final = 20.0
+"""Seconds after its last sign of life that a peer counts as gone."""
+
+CLAIM_TTL: Final = 120.0
+ATTESTATION_TTL: Final = 60.0
+LOOKUP_SECONDS: Final = 20.0
+
+M = TypeVar("M", bound=Message)
+
+
+class Records:
+    """One peer's view of a run's directory.
+
+    Args:
+        link: the network process.
+        signer: this peer's key.
+        run: the run's id.
+        on_bad: told, in one sentence, of each record that is provably bad.
+    """
+
+    def __init__(self, link: Link, signer: Signer, run: bytes, on_bad: Callable[[str], None]) -> None:
+        self._link = link
+        self._signer = signer
+        self._run = run
+        self._on_bad = on_bad
+
+    @property
+    def peer(self) -> str:
+        """This peer's ID."""
+        return self._signer.peer
+
+    def roster(self) -> dict[str, Roster]:
+        """Everybody who is here now, this peer left out."""
+        found = self._read("roster", "all", Roster, lambda signed: check_roster(signed.message, self._run))
+        found.pop(self.peer, None)
+        return {peer: signed.message for peer, signed in found.items() if signed.message.stage != "leaving"}
+
+    def claims(self, view: RoundView) -> dict[str, Signed[Claim]]:
+        """The valid claims of a round, this peer's own left out."""
+        found = self._read("claim", str(view.round), Claim, lambda signed: check_claim(signed.message, view))
+        found.pop(self.peer, None)
+        return found
+
+    def attestations(self, manifest: RunManifest) -> dict[str, Signed[Attestation]]:
+        """What everybody attests now, this peer left out."""
+        found = self._read(
+            "attestation", "all", Attestation, lambda s: check_attestation(s.message, manifest, self._run)
+        )
+        found.pop(self.peer, None)
+        return found
+
+    def announce_roster(self, roster: Roster) -> None:
+        """Say what this peer does now; replaces what it said before."""
+        self._link.announce("roster", "roster", "all", seal(self._signer, roster).pack(), ROSTER_TTL)
+
+    def announce_claim(self, claim: Signed[Claim]) -> None:
+        """Publish this peer's claim."""
+        self._link.announce("claim", "claim", str(claim.message.round), claim.pack(), CLAIM_TTL)
+
+    def announce_attestation(self, attestation: Signed[Attestation]) -> None:
+        """Publish this peer's attestation; replaces the one before."""
+        self._link.announce("attestation", "attestation", "all", attestation.pack(), ATTESTATION_TTL)
+
+    def _read(
+        self, kind: str, scope: str, expected: type[M], check: Callable[[Signed[M]], None]
+    ) -> dict[str, Signed[M]]:
+        records = self._link.call("lookup", LOOKUP_SECONDS, kind=kind, scope=scope)["records"]
+        found: dict[str, Signed[M]] = {}
+        for owner, data in records:
+            try:
+                signed = unseal(data, expected)
+                check(signed)
+            except Ignore:
+                continue
+            except Reject as error:
+                self._on_bad(f"{error} (in the directory, from {short(owner)})")
+                continue
+            if signed.message.peer == owner:
+                found[owner] = signed
+            else:
+                self._on_bad(f"{short(owner)} published a {kind} of {short(signed.message.peer)}")
+        return found

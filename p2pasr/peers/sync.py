@@ -1,0 +1,103 @@
+"""Finding the state that holds and fetching it, before any of it is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from p2pasr.errors import Reject, TransportError
+from p2pasr.peers.blobs import BlobStore
+from p2pasr.peers.journal import Journal
+from p2pasr.peers.link import Link
+from p2pasr.protocol.agreement import Agreement, agree
+from p2pasr.protocol.manifest import MAX_MANIFEST_BYTES, RunManifest, parse_manifest
+from p2pasr.protocol.messages import Attestation
+from p2pasr.protocol.state import State, max_state_bytes, parse_state
+from p2pasr.protocol.tensors import Tensors
+
+MANIFEST_SECONDS = 120.0
+MIN_STATE_SECONDS = 120.0
+SLOWEST_BYTES_PER_SECOND = 64 * 1024
+"""Below this a download is given up: 0.5 Mbit/s."""
+
+
+def fetch_manifest(link: Link, store: BlobStore, run: bytes) -> RunManifest:
+    """Get a run's manifest by its id, from this disk or from any peer.
+
+    Raises:
+        TransportError: nobody gives it.
+        Reject: the id names something that is no manifest.
+    """
+    if store.find(run) is None:
+        link.call(
+            "fetch", MANIFEST_SECONDS, digest=run, kind="manifest", max_bytes=MAX_MANIFEST_BYTES, peers=()
+        )
+    return parse_manifest(store.get(run))
+
+
+def fetch_state(
+    link: Link, store: BlobStore, manifest: RunManifest, like: Tensors, state: bytes, peers: Collection[str]
+) -> State:
+    """Get a state by its digest and check everything that can be checked about it.
+
+    Args:
+        like: the initial parameters, for names and shapes.
+        peers: who is said to hold it.
+
+    Raises:
+        TransportError: nobody gives it.
+        Reject: its bytes are no state of this run.
+    """
+    limit = max_state_bytes(manifest)
+    timeout = max(MIN_STATE_SECONDS, limit / SLOWEST_BYTES_PER_SECOND)
+    link.call("fetch", timeout, digest=state, kind="state", max_bytes=limit, peers=sorted(peers))
+    try:
+        return parse_state(store.get(state), manifest, like)
+    except Reject:
+        store.discard(state)
+        raise
+
+
+def newest_state(
+    own: State, attested: Attestation | None, others: dict[str, Attestation], journal: Journal
+) -> Agreement | None:
+    """Whether another state than ours holds, and if so which.
+
+    Args:
+        own: the state this peer holds.
+        attested: this peer's own attestation, if it has published one since it started.
+        others: everybody else's, by peer.
+        journal: knows which states this peer held before.
+
+    Returns:
+        What holds instead of `own`, or None if `own` (or an ancestor that it grew from) does.
+    """
+    attestations = [*others.values(), *([attested] if attested is not None else [])]
+    agreement = agree(attestations)
+    if agreement.state is None or agreement.state == own.digest:
+        return None
+    if agreement.round is not None and journal.held().get(agreement.round) == agreement.state:
+        return None  # the others are where we have been
+    return agreement
+
+
+def adopt(
+    link: Link,
+    store: BlobStore,
+    manifest: RunManifest,
+    like: Tensors,
+    agreement: Agreement,
+    others: dict[str, Attestation],
+) -> State:
+    """Fetch the state that holds and compare it with what its supporters attest.
+
+    Raises:
+        TransportError: it cannot be fetched.
+        Reject: it is not what was attested.
+    """
+    if agreement.state is None:
+        raise TransportError(agreement.reason)
+    state = fetch_state(link, store, manifest, like, agreement.state, agreement.supporters)
+    attested = {a.work for a in others.values() if a.state == agreement.state}
+    if state.round != agreement.round or (attested and state.work not in attested):
+        raise Reject(f"state {agreement.state.hex()[:8]} is not what its supporters attest")
+    return state

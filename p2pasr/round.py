@@ -1,0 +1,600 @@
+"""One round, told from top to bottom: sync → assign → train → commit → average → apply → attest → audit.
+
+Every step is a function of this file that calls into its room. Whatever fails before a round is
+committed leaves the state untouched, and says why.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from p2pasr import __version__
+from p2pasr.averaging import outer
+from p2pasr.averaging.codec import Layout, flatten, unflatten
+from p2pasr.averaging.merkle import Tree, part_digests
+from p2pasr.errors import LocalError, NonFiniteStep, RoundFailed, TransportError
+from p2pasr.peers import sync as syncing
+from p2pasr.peers.blobs import BlobStore
+from p2pasr.peers.identity import Identity
+from p2pasr.peers.journal import Journal, Pending
+from p2pasr.peers.link import Link
+from p2pasr.peers.records import Records
+from p2pasr.protocol.agreement import quorum
+from p2pasr.protocol.assignment import assign, segment_seed
+from p2pasr.protocol.manifest import RunManifest
+from p2pasr.protocol.messages import (
+    MAX_RECEIPT_BYTES,
+    Attestation,
+    Claim,
+    Receipt,
+    Roster,
+    Signed,
+    Stage,
+    seal,
+    unseal,
+)
+from p2pasr.protocol.rules import RoundView
+from p2pasr.protocol.signing import short
+from p2pasr.protocol.state import State, advance
+from p2pasr.protocol.tensors import Tensors
+from p2pasr.report import Report
+from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, Task
+from p2pasr.verify.record import RoundRecord, check_record, in_every_part
+from p2pasr.verify.trace import Trace, retain_traces
+
+POLL_SECONDS: Final = 0.5
+"""How often the directory is read while waiting for others."""
+
+PATIENCE_SECONDS: Final = 30.0
+"""How long one wait lasts before the round is looked at afresh from its first step."""
+
+GROUP_WINDOW_SECONDS: Final = 8.0
+"""How long a leader waits for peers that were expected but do not come."""
+
+GROUP_SECONDS: Final = 30.0
+AVERAGE_SECONDS: Final = 300.0
+"""How long finding a group and averaging may take together; large deltas on slow links need it."""
+
+QUORUM_SECONDS: Final = 20.0
+ATTEMPTS: Final = 3
+"""How often averaging is tried before the round starts over."""
+
+SHARD_SECONDS: Final = 600.0
+
+
+@dataclass
+class Member:
+    """A peer of one run, with everything that its rounds need.
+
+    Attributes:
+        like: the initial parameters, for names and shapes.
+        state: what this peer holds; replaced only by a committed round or by the state that holds.
+        attested: this peer's current attestation, None before its first.
+        fresh: whether it fetched or loaded its state instead of taking part in the round before.
+    """
+
+    manifest: RunManifest
+    identity: Identity
+    task: Task
+    link: Link
+    store: BlobStore
+    journal: Journal
+    records: Records
+    report: Report
+    like: Tensors
+    state: State
+    client_mode: bool = False
+    attested: Signed[Attestation] | None = None
+    fresh: bool = True
+    closes_at: float = 0.0
+
+    @property
+    def peer(self) -> str:
+        """This peer's ID."""
+        return self.identity.peer
+
+    @property
+    def view(self) -> RoundView:
+        """What the rules judge this round's records against."""
+        return RoundView(
+            self.manifest, self.state.run, self.state.round, self.state.digest, self.state.covered
+        )
+
+    def say(self, stage: Stage, segments: int = 0) -> None:
+        """Tell the others what this peer does now."""
+        self.records.announce_roster(
+            Roster(
+                run=self.state.run,
+                peer=self.peer,
+                round=self.state.round,
+                state=self.state.digest,
+                stage=stage,
+                segments=segments,
+                closes_at=self.closes_at,
+                client_mode=self.client_mode,
+                hardware=self.task.hardware_class[:128],
+                version=__version__,
+                addresses=self.link.maddrs[:8],
+            )
+        )
+
+    def step(self, name: str, message: str) -> None:
+        """Report that a step of the round begins."""
+        self.report.emit("step", message, step=name, round=self.state.round, state=self.state.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a peer trained in a round, committed to but not yet averaged."""
+
+    claim: Signed[Claim]
+    delta: bytes
+    checkpoints: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """An average, and who is in it."""
+
+    group: bytes
+    members: tuple[Signed[Claim], ...]
+    receipts: tuple[Signed[Receipt], ...]
+    average: bytes
+
+
+def run_round(member: Member) -> bool:
+    """Take part in one round.
+
+    Returns:
+        Whether a round was committed with this peer's work in it; otherwise the reason was reported
+        and the next call starts over from the state that holds by then.
+
+    Raises:
+        LocalError: something here must be mended by a person.
+        TransportError: the network is not there; the call can be repeated.
+    """
+    sync(member)
+    if not ready_to_train(member):
+        return False
+    work = resume(member)
+    if work is None:
+        shards = assign_shards(member)
+        trained = train(member, shards)
+        if trained is None:
+            return False
+        work = commit(member, shards, *trained)
+    reasons: list[str] = []
+    for _attempt in range(ATTEMPTS):
+        expected = wait_for_claims(member)
+        if expected is None:
+            return False
+        try:
+            merged = average(member, work, expected)
+            after = apply(member, merged)
+            attestations = attest(member, after, merged, expected)
+        except TransportError as error:
+            reasons.append(str(error))
+            member.report.warn(f"round {member.state.round} is not averaged yet: {error}")
+            if overtaken(member):
+                return False
+            continue
+        audit(member, after, merged, attestations)
+        settle(member, after, merged, work)
+        return True
+    raise RoundFailed(f"round {member.state.round} was not averaged in {ATTEMPTS} attempts: {reasons[-1]}")
+
+
+# --- sync ---------------------------------------------------------------------------------------
+
+
+def sync(member: Member) -> None:
+    """Hold the state that most peers attest; fetch it if it is not ours."""
+    member.step("sync", f"round {member.state.round}: looking for the state that holds")
+    others = {peer: signed.message for peer, signed in member.records.attestations(member.manifest).items()}
+    own = member.attested.message if member.attested is not None else None
+    agreement = syncing.newest_state(member.state, own, others, member.journal)
+    if agreement is not None:
+        member.report.wait(f"{agreement.reason}; fetching it")
+        state = syncing.adopt(member.link, member.store, member.manifest, member.like, agreement, others)
+        hold(member, state)
+        member.fresh = True
+    if member.attested is None or member.attested.message.state != member.state.digest:
+        publish_attestation(member, member.state)
+
+
+def hold(member: Member, state: State) -> None:
+    """Make a state ours, on disk first."""
+    member.store.put("state", state.blob)
+    member.journal.hold(state.round, state.digest)
+    member.state = state
+    kept = sorted(member.journal.held().items())[-member.manifest.retention.state_rounds :]
+    member.store.retain("state", {digest for _, digest in kept})
+
+
+def overtaken(member: Member) -> bool:
+    """Whether the others have agreed on a result of this round without us."""
+    others = {peer: signed.message for peer, signed in member.records.attestations(member.manifest).items()}
+    own = member.attested.message if member.attested is not None else None
+    agreement = syncing.newest_state(member.state, own, others, member.journal)
+    if agreement is not None:
+        member.report.wait(f"{agreement.reason}; joining it")
+    return agreement is not None
+
+
+# --- assign -------------------------------------------------------------------------------------
+
+
+def ready_to_train(member: Member) -> bool:
+    """Whether there are peers enough and the round is still at its beginning; waits a while for both."""
+    rounds = member.manifest.rounds
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    waiting = False
+    while True:
+        roster = member.records.roster()
+        here = {p: r for p, r in roster.items() if (r.round, r.state) == (member.state.round, member.state.digest)}
+        training = [r for r in here.values() if r.stage != "waiting"]
+        begun = [r for r in training if r.segments > 0 or r.stage == "claimed"]
+        pending = member.journal.pending()
+        resuming = pending is not None and (pending.round, pending.state) == (member.state.round, member.state.digest)
+        late = member.fresh and len(training) >= rounds.min_peers and bool(begun) and not resuming
+        missing = rounds.min_peers - 1 - len(here)
+        if missing <= 0 and not late:
+            return True
+        if not waiting:
+            member.say("waiting")
+            waiting = True
+        elsewhere = [r for r in roster.values() if (r.round, r.state) != (member.state.round, member.state.digest)]
+        if late:
+            reason = f"round {member.state.round} is under way with {len(training)} peers: this one joins the next"
+        else:
+            reason = f"waiting for {missing} more peer{'s' if missing > 1 else ''} (a round needs {rounds.min_peers})"
+            if elsewhere:
+                rounds_seen = ", ".join(sorted({f"round {r.round} {r.state.hex()[:8]}" for r in elsewhere}))
+                reason += f"; {len(elsewhere)} hold another state ({rounds_seen}), this one {member.state.digest.hex()[:8]}"
+        member.report.wait(reason)
+        if overtaken(member) or time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+
+
+def assign_shards(member: Member) -> tuple[bytes, ...]:
+    """This peer's shards for the round, fetched."""
+    shards = assign(member.manifest, member.state.digest, member.state.covered, member.peer)
+    member.step("assign", f"round {member.state.round}: {len(shards)} shards")
+    sizes = {ref.digest: ref.bytes for ref in member.manifest.shards}
+    missing = [shard for shard in shards if member.store.find(shard) is None]
+    for done, shard in enumerate(missing):
+        member.report.progress("fetching shards", done, len(missing))
+        size = sizes[shard.hex()]
+        member.link.call("fetch", SHARD_SECONDS, digest=shard, kind="shard", max_bytes=size, peers=())
+    if missing:
+        member.report.progress("fetching shards", len(missing), len(missing))
+        provide(member)
+    return shards
+
+
+def provide(member: Member) -> None:
+    """Tell the directory which blobs of general interest can be had here."""
+    held = [bytes.fromhex(ref.digest) for ref in member.manifest.shards]
+    held = [shard for shard in held if member.store.find(shard) is not None]
+    member.link.call("provide", 10.0, digests=[member.state.run, *held])
+
+
+# --- train --------------------------------------------------------------------------------------
+
+
+def train(member: Member, shards: Sequence[bytes]) -> tuple[Checkpoint, Trace, list[float]] | None:
+    """Train segments until they are done or the round closes; None if nothing of it may be used."""
+    rounds = member.manifest.rounds
+    member.closes_at = time.time() + rounds.max_seconds
+    member.step("train", f"round {member.state.round}: training")
+    member.say("training")
+    paths = [shard_path(member, shard) for shard in shards]
+    trace = Trace(member.store, member.state.run, member.state.round, member.peer)
+    now = Checkpoint(member.state.params)
+    losses: list[float] = []
+    for segment in range(rounds.segments):
+        started = time.time()
+        plan = SegmentPlan(
+            seed=segment_seed(member.state.digest, member.peer, segment),
+            steps=rounds.steps_per_segment,
+            samples_per_step=rounds.samples_per_step,
+            first_step=(member.state.round * rounds.segments + segment) * rounds.steps_per_segment,
+            total_steps=rounds.rounds * rounds.segments * rounds.steps_per_segment,
+        )
+        try:
+            now, report = member.task.segment(now, paths, plan, _progress(member, segment))
+        except NonFiniteStep as error:
+            member.report.warn(f"round {member.state.round} is left out: {error}")
+            wait_for_next_round(member)
+            return None
+        trace.add(now.pack())
+        losses.append(report.loss)
+        seconds = time.time() - started
+        member.report.emit(
+            "segment",
+            f"round {member.state.round}: segment {segment + 1}/{rounds.segments}, loss {report.loss:.3f}",
+            round=member.state.round,
+            segment=segment + 1,
+            segments=rounds.segments,
+            loss=report.loss,
+            seconds=round(seconds, 2),
+        )
+        if segment + 1 < rounds.segments:
+            if time.time() + seconds > member.closes_at:
+                break
+            member.say("training", segments=segment + 1)
+    return now, trace, losses
+
+
+def shard_path(member: Member, shard: bytes) -> Path:
+    """Where an assigned shard lies.
+
+    Raises:
+        TransportError: it was there and is gone; the next attempt fetches it again.
+    """
+    path = member.store.find(shard)
+    if path is None:
+        raise TransportError(f"shard {shard.hex()[:12]}… has vanished from {member.store.root}")
+    return path
+
+
+def wait_for_next_round(member: Member) -> None:
+    """Sit a round out.
+
+    Raises:
+        LocalError: nobody finished it either, so that trying it again would end the same way.
+    """
+    member.say("waiting")
+    rounds = member.manifest.rounds
+    deadline = time.time() + rounds.max_seconds + rounds.grace_seconds
+    while not overtaken(member):
+        if time.time() > deadline:
+            raise LocalError(
+                f"round {member.state.round} could not be trained here and no other peer finished it; if training "
+                f"diverges, start a run with a lower task.config.learning_rate"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _progress(member: Member, segment: int) -> OnStep:
+    rounds = member.manifest.rounds
+    total = rounds.segments * rounds.steps_per_segment
+
+    def on_step(done: int, loss: float) -> None:
+        label = f"round {member.state.round} segment {segment + 1}/{rounds.segments} loss {loss:.3f}"
+        member.report.progress(label, segment * rounds.steps_per_segment + done, total)
+
+    return on_step
+
+
+# --- commit -------------------------------------------------------------------------------------
+
+
+def commit(
+    member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Trace, losses: Sequence[float]
+) -> Work:
+    """Encode the delta, commit to its parts and to the trace, write the claim down, publish it."""
+    member.step("commit", f"round {member.state.round}: committing to the delta")
+    vector = flatten(end.params) - flatten(member.state.params)
+    parts = Layout.of(member.manifest.parameters, member.manifest.averaging).encode(vector)
+    delta = member.store.put("delta", b"".join(parts))
+    rounds = member.manifest.rounds
+    steps = len(losses) * rounds.steps_per_segment
+    claim = seal(
+        member.identity,
+        Claim(
+            run=member.state.run,
+            peer=member.peer,
+            round=member.state.round,
+            state=member.state.digest,
+            shards=shards,
+            segments=len(losses),
+            steps=steps,
+            samples=steps * rounds.samples_per_step,
+            trace_root=trace.root,
+            delta_root=Tree("delta", member.state.run, member.state.round, member.peer).root(part_digests(parts)),
+            delta_norm=float(np.linalg.norm(vector.astype(np.float64))),
+            loss_before=losses[0],
+            loss_after=losses[-1],
+            hardware=member.task.hardware_class[:128],
+        ),
+    )
+    work = Work(claim, delta, tuple(trace.checkpoints))
+    member.journal.pend(Pending(member.state.round, member.state.digest, claim.pack(), delta, work.checkpoints))
+    publish_claim(member, work)
+    return work
+
+
+def resume(member: Member) -> Work | None:
+    """The claim that this peer already made for this round, if it was killed or failed after making it."""
+    pending = member.journal.pending()
+    if pending is None or (pending.round, pending.state) != (member.state.round, member.state.digest):
+        return None
+    if member.store.find(pending.delta) is None:
+        member.report.warn("the delta of the published claim is gone: this round is sat out")
+        wait_for_next_round(member)
+        return None
+    work = Work(unseal(pending.claim, Claim), pending.delta, pending.checkpoints)
+    member.step("commit", f"round {member.state.round}: publishing the claim made before")
+    publish_claim(member, work)
+    return work
+
+
+def publish_claim(member: Member, work: Work) -> None:
+    """Put the claim into the directory."""
+    member.records.announce_claim(work.claim)
+    member.say("claimed", segments=work.claim.message.segments)
+
+
+# --- average ------------------------------------------------------------------------------------
+
+
+def wait_for_claims(member: Member) -> set[str] | None:
+    """The peers to average with: everybody whose claim is there when all are done or the round closes.
+
+    Returns:
+        Their IDs, this peer's among them; None when the round was over before it came to that.
+    """
+    rounds = member.manifest.rounds
+    closes = max(member.closes_at, time.time()) + rounds.grace_seconds
+    while True:
+        roster = member.records.roster()
+        here = {p for p, r in roster.items() if (r.round, r.state) == (member.state.round, member.state.digest)}
+        busy = {p for p in here if roster[p].stage != "waiting"}
+        claims = set(member.records.claims(member.view))
+        ready = (claims & set(roster)) | {member.peer}
+        training = busy - claims
+        closed = time.time() > closes
+        if len(ready) >= rounds.min_peers and (not training or closed):
+            return ready
+        if training and not closed:
+            member.report.wait(
+                f"round {member.state.round}: waiting for {len(training)} peers that still train "
+                f"({', '.join(sorted(map(short, training)))}), {closes - time.time():.0f} s at most"
+            )
+        else:
+            missing = rounds.min_peers - len(ready)
+            member.report.wait(f"round {member.state.round}: {missing} more claims are needed before averaging")
+        if overtaken(member):
+            return None
+        time.sleep(POLL_SECONDS)
+
+
+def average(member: Member, work: Work, expected: set[str]) -> Merged:
+    """Find a group and merge the deltas of its members."""
+    count = min(len(expected), member.manifest.averaging.max_group)
+    with_whom = f"with {count - 1} others" if count > 1 else "alone"
+    member.step("average", f"round {member.state.round}: averaging {with_whom}")
+    answer = member.link.call(
+        "average",
+        GROUP_SECONDS + AVERAGE_SECONDS,
+        round=member.state.round,
+        state=member.state.digest,
+        covered=dict(member.state.covered),
+        claim=work.claim.pack(),
+        delta=work.delta,
+        expected=count,
+        min_size=member.manifest.rounds.min_peers,
+        window=GROUP_WINDOW_SECONDS,
+        timeout=GROUP_SECONDS,
+    )
+    return Merged(
+        group=answer["group"],
+        members=tuple(unseal(data, Claim) for data in answer["members"]),
+        receipts=tuple(unseal(data, Receipt, MAX_RECEIPT_BYTES) for data in answer["receipts"]),
+        average=answer["average"],
+    )
+
+
+# --- apply --------------------------------------------------------------------------------------
+
+
+def apply(member: Member, merged: Merged) -> State:
+    """The next state: the outer optimizer's step on the decoded average, the ledger over its claims."""
+    member.step("apply", f"round {member.state.round}: applying the average of {len(merged.members)} peers")
+    layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
+    vector = layout.decode(member.store.get(merged.average))
+    params, moments = outer.step(
+        member.state.params, member.state.moments, unflatten(vector, member.like), member.manifest.averaging.outer
+    )
+    claims = [merged.members[position].message for position in in_every_part(merged.receipts)]
+    return advance(member.state, member.manifest, claims, params, moments)
+
+
+# --- attest -------------------------------------------------------------------------------------
+
+
+def attest(member: Member, after: State, merged: Merged, expected: set[str]) -> tuple[Signed[Attestation], ...]:
+    """Sign the new state and wait until more than half of the round's peers have signed the same.
+
+    Returns:
+        The attestations that make the quorum.
+
+    Raises:
+        TransportError: no quorum; our attestation is withdrawn.
+    """
+    member.step("attest", f"round {member.state.round}: attesting state {after.digest.hex()[:8]}")
+    electorate = expected | {claim.message.peer for claim in merged.members}
+    member.store.put("state", after.blob)
+    previous = member.attested
+    own = publish_attestation(member, after)
+    deadline = time.monotonic() + QUORUM_SECONDS
+    while True:
+        seen = member.records.attestations(member.manifest)
+        seen[member.peer] = own
+        enough, reason = quorum(after.digest, [signed.message for signed in seen.values()], electorate)
+        if enough:
+            return tuple(s for s in seen.values() if after.digest in (s.message.state, s.message.parent))
+        if time.monotonic() > deadline:
+            break
+        member.report.wait(f"round {member.state.round}: {reason}; waiting for more")
+        time.sleep(POLL_SECONDS)
+    if previous is not None:
+        publish_attestation(member, member.state)
+    raise TransportError(f"no quorum within {QUORUM_SECONDS:.0f} s: {reason}")
+
+
+def publish_attestation(member: Member, state: State) -> Signed[Attestation]:
+    """Attest a state in the directory; the state must be in the store, for others will ask for it."""
+    parent = state.parent if state.round > 0 else state.digest
+    member.attested = seal(
+        member.identity,
+        Attestation(state.run, member.peer, state.round, state.digest, parent, float(state.work)),
+    )
+    member.records.announce_attestation(member.attested)
+    return member.attested
+
+
+# --- audit --------------------------------------------------------------------------------------
+
+
+def audit(member: Member, after: State, merged: Merged, attestations: tuple[Signed[Attestation], ...]) -> None:
+    """Check the round's record once more as a stranger would, and keep it."""
+    member.step("audit", f"round {member.state.round}: checking the round's record")
+    record = RoundRecord(
+        run=member.state.run,
+        round=member.state.round,
+        before=member.state.digest,
+        after=after.digest,
+        group=merged.group,
+        members=merged.members,
+        receipts=merged.receipts,
+        average=merged.average,
+        attestations=attestations,
+    )
+    packed = record.pack()
+    check_record(RoundRecord.unpack(packed), member.view, member.store.get(merged.average))
+    member.journal.record(member.state.round, packed)
+
+
+def settle(member: Member, after: State, merged: Merged, work: Work) -> None:
+    """The round is committed: hold its state, keep what may be asked for, let the rest go."""
+    finished = member.state.round
+    hold(member, after)
+    member.fresh = False
+    retention = member.manifest.retention.checkpoint_rounds
+    retain_traces(member.journal, member.store, finished, work.delta, work.checkpoints, retention)
+    member.store.retain("average", {merged.average})
+    roster = member.records.roster()
+    member.journal.remember_peers(tuple(a for r in roster.values() for a in r.addresses)[:32])
+    status = member.link.call("status", 20.0)
+    member.report.emit(
+        "round",
+        f"round {finished} is done: state {after.digest.hex()[:8]}, {len(merged.members)} peers, "
+        f"{after.work:.0f} s of audio so far, {status['bytes_sent'] / 1e6:.1f} MB sent",
+        round=finished,
+        state=after.digest,
+        peers=[claim.message.peer for claim in merged.members],
+        epoch=after.epoch,
+        work=after.work,
+        bytes_sent=status["bytes_sent"],
+        bytes_received=status["bytes_received"],
+        connections=status["connections"],
+    )

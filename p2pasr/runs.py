@@ -1,0 +1,178 @@
+"""What a person does with a run besides training in it: start one, score it, take the model out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from p2pasr import tasks
+from p2pasr.errors import LocalError
+from p2pasr.peers.blobs import BlobStore
+from p2pasr.peers.journal import Journal
+from p2pasr.protocol.manifest import RunConfig, RunManifest, read_manifest
+from p2pasr.protocol.state import State, genesis, params_digest, parse_state
+from p2pasr.protocol.tensors import Tensors
+from p2pasr.speech.prepare import read_index
+from p2pasr.speech.shards import check_digest
+
+
+def default_home() -> Path:
+    """Where keys and runs lie unless a person says otherwise: `~/.p2pasr`."""
+    return Path.home() / ".p2pasr"
+
+
+def run_folder(home: Path, run: bytes) -> Path:
+    """A run's state folder."""
+    return home / "runs" / run.hex()[:16]
+
+
+def new_run(config: RunConfig, shards: Path, model: str | None = None) -> RunManifest:
+    """Make the manifest of a run: its configuration, its shards and its initial state.
+
+    Args:
+        shards: a folder that :func:`p2pasr.prepare` filled; every shard is checked against its name.
+        model: a local folder of the base model, if it lies elsewhere than the configuration says.
+
+    Raises:
+        LocalError: a shard is missing or corrupt, or the task cannot be built.
+    """
+    index = read_index(shards)
+    for shard in index.shards:
+        check_digest(shards / shard.file, shard.digest)
+    pinned = tasks.pin(config.task.kind, config.task.config, model)
+    task = tasks.build(config.task.kind, pinned, seed=config.seed, model=model)
+    params = task.initial_params()
+    content = config.model_dump()
+    content["task"]["config"] = pinned
+    return RunManifest.model_validate(
+        {
+            **content,
+            "shards": tuple(asdict(shard) for shard in index.shards),
+            "initial": params_digest(params).hex(),
+            "parameters": sum(value.size for value in params.values()),
+        }
+    )
+
+
+def initial_state(manifest: RunManifest, task: tasks.Task) -> State:
+    """The state before round 0, computed here and compared with the manifest.
+
+    Raises:
+        LocalError: this machine computes another one than the run's author did.
+    """
+    params = task.initial_params()
+    if params_digest(params).hex() != manifest.initial:
+        raise LocalError(
+            "this machine computes other initial parameters than the run's manifest states; "
+            "install the p2pasr version that the run was made with"
+        )
+    return genesis(manifest, params)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedRun:
+    """What a state folder holds of a run.
+
+    Attributes:
+        held: round → digest of the state before it, as far as the folder still has the state.
+    """
+
+    manifest: RunManifest
+    store: BlobStore
+    held: dict[int, bytes]
+
+    def state(self, round_number: int | None, like: Tensors) -> State:
+        """A state by its round; the newest if None.
+
+        Raises:
+            LocalError: the folder does not have it.
+        """
+        if not self.held:
+            raise LocalError(f"{self.store.root.parent} holds no state of this run yet")
+        chosen = max(self.held) if round_number is None else round_number
+        if chosen not in self.held:
+            rounds = f"{min(self.held)} to {max(self.held)}"
+            raise LocalError(f"the state before round {chosen} is not kept here; rounds {rounds} are")
+        return parse_state(self.store.get(self.held[chosen]), self.manifest, like)
+
+
+def open_run(run: str, state_dir: Path | None = None) -> SavedRun:
+    """Open what this machine has of a run.
+
+    Args:
+        run: a manifest file or a run id.
+        state_dir: a peer's state folder; the default one if None.
+
+    Raises:
+        LocalError: the run is not known here.
+    """
+    home = state_dir or default_home()
+    run_id = read_manifest(Path(run)).run_id if Path(run).is_file() else parse_run_id(run)
+    folder = run_folder(home, run_id)
+    if not folder.is_dir():
+        raise LocalError(f"{home} knows nothing of run {run_id.hex()[:16]}; name a peer's folder with --state-dir")
+    store = BlobStore(folder / "blobs")
+    held = Journal.read_held(folder)
+    manifest = read_manifest(Path(run)) if Path(run).is_file() else _stored_manifest(store, run_id)
+    return SavedRun(manifest, store, {r: digest for r, digest in held.items() if store.find(digest) is not None})
+
+
+def parse_run_id(text: str) -> bytes:
+    """A run id from its 64 hex digits.
+
+    Raises:
+        LocalError: it is neither that nor a file.
+    """
+    try:
+        run_id = bytes.fromhex(text)
+    except ValueError:
+        run_id = b""
+    if len(run_id) != 32:
+        raise LocalError(f"{text!r} is neither a manifest file nor a run id (64 hex digits)")
+    return run_id
+
+
+def evaluate(
+    manifest: RunManifest,
+    params: Tensors | None,
+    shards: Path,
+    *,
+    device: str = "cpu",
+    model: str | None = None,
+    task: tasks.Task | None = None,
+) -> Mapping[str, Any]:
+    """Score parameters on a folder of held-out shards; None scores the untrained base.
+
+    Args:
+        task: built from the manifest before, to spare building it again.
+    """
+    built = task or build_task(manifest, device, model)
+    return built.evaluate(params, shard_paths(shards))
+
+
+def export(manifest: RunManifest, state: State, out: Path, *, task: tasks.Task | None = None) -> None:
+    """Write a state's model for others to load (for LoRA: a PEFT adapter folder)."""
+    built = task or build_task(manifest)
+    out.mkdir(parents=True, exist_ok=True)
+    dialects = sorted({shard.dialect for shard in manifest.shards})
+    about = {
+        "run": manifest.run_id.hex(),
+        "name": manifest.name,
+        "round": state.round,
+        "state": state.digest.hex(),
+        "seconds_merged": state.work,
+        "dialects": dialects,
+    }
+    built.export(state.params, out, about)
+
+
+def build_task(manifest: RunManifest, device: str = "cpu", model: str | None = None) -> tasks.Task:
+    """The task of a run."""
+    return tasks.build(manifest.task.kind, manifest.task.config, seed=manifest.seed, device=device, model=model)
+
+
+def shard_paths(folder: Path) -> Sequence[Path]:
+    """The shard files of a prepared folder, in the order of its index."""
+    return [folder / shard.file for shard in read_index(folder).shards]

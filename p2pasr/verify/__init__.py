@@ -1,0 +1,1 @@
+"""Checking what others did: traces, round records, and what follows from a mismatch."""

@@ -1,0 +1,108 @@
+"""Round records: what happened in a round, in a form that anyone can check again from the manifest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from p2pasr.averaging.codec import Layout
+from p2pasr.averaging.merkle import part_digests
+from p2pasr.errors import Reject
+from p2pasr.protocol.encoding import MEBIBYTE, pack, unpack
+from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Attestation, Claim, Receipt, Signed, unseal
+from p2pasr.protocol.rules import RoundView, check_claim, check_receipts
+
+MAX_RECORD_BYTES: Final = 64 * MEBIBYTE
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """One link of a run's lineage.
+
+    Attributes:
+        before, after: digests of the states before and after the round.
+        group: the group's identifier.
+        members: the group's claims, in its order.
+        receipts: what each reducer states.
+        average: digest of the encoded average.
+        attestations: those for `after` that were seen when the round was committed.
+    """
+
+    run: bytes
+    round: int
+    before: bytes
+    after: bytes
+    group: bytes
+    members: tuple[Signed[Claim], ...]
+    receipts: tuple[Signed[Receipt], ...]
+    average: bytes
+    attestations: tuple[Signed[Attestation], ...]
+
+    def pack(self) -> bytes:
+        """The record's bytes."""
+        return pack(
+            {
+                "run": self.run,
+                "round": self.round,
+                "before": self.before,
+                "after": self.after,
+                "group": self.group,
+                "members": [member.pack() for member in self.members],
+                "receipts": [receipt.pack() for receipt in self.receipts],
+                "average": self.average,
+                "attestations": [attestation.pack() for attestation in self.attestations],
+            }
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> RoundRecord:
+        """Read a record; every signature in it is checked.
+
+        Raises:
+            Reject: malformed, or a signature does not verify.
+        """
+        content = unpack(data, MAX_RECORD_BYTES)
+        try:
+            return cls(
+                run=content["run"],
+                round=content["round"],
+                before=content["before"],
+                after=content["after"],
+                group=content["group"],
+                members=tuple(unseal(member, Claim) for member in content["members"]),
+                receipts=tuple(unseal(receipt, Receipt, MAX_RECEIPT_BYTES) for receipt in content["receipts"]),
+                average=content["average"],
+                attestations=tuple(unseal(item, Attestation) for item in content["attestations"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise Reject(f"a round record is malformed ({error})") from None
+
+    def merged(self) -> tuple[Claim, ...]:
+        """The claims that are in every part: those that earn credit and cover shards."""
+        return tuple(self.members[position].message for position in in_every_part(self.receipts))
+
+
+def in_every_part(receipts: tuple[Signed[Receipt], ...]) -> tuple[int, ...]:
+    """Positions of the group's members that every part's receipt includes."""
+    sets = [set(part.senders) for receipt in receipts for part in receipt.message.parts]
+    return tuple(sorted(set.intersection(*sets)))
+
+
+def check_record(record: RoundRecord, view: RoundView, average: bytes) -> None:
+    """Do the claims, the receipts and the average of a round belong together?
+
+    Args:
+        view: the round, as this peer saw it before averaging.
+        average: the encoded average, bytes.
+
+    Raises:
+        RemoteError: a claim does not stand, parts are unaccounted for, or the average is another.
+    """
+    layout = Layout.of(view.manifest.parameters, view.manifest.averaging)
+    for member in record.members:
+        check_claim(member.message, view)
+    check_receipts(record.receipts, record.group, record.members, layout.parts)
+    stated = {part.index: part.result for receipt in record.receipts for part in receipt.message.parts}
+    for index, actual in enumerate(part_digests(layout.cut(average))):
+        if stated[index] != actual:
+            raise Reject(f"part {index} of the average is not the one that its receipt states")

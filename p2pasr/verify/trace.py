@@ -1,0 +1,47 @@
+"""The trace of a round's training: the segment-end checkpoints, committed under one Merkle root."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from p2pasr.averaging.merkle import Tree
+from p2pasr.peers.blobs import BlobStore
+from p2pasr.peers.journal import Journal
+
+
+class Trace:
+    """Collects the checkpoints of one peer's round.
+
+    Args:
+        store: keeps the checkpoints, so that auditors can ask for them.
+        run, round, peer: whose trace it is.
+    """
+
+    def __init__(self, store: BlobStore, run: bytes, round_number: int, peer: str) -> None:
+        self._store = store
+        self._tree = Tree("trace", run, round_number, peer)
+        self.checkpoints: list[bytes] = []
+
+    def add(self, checkpoint: bytes) -> None:
+        """Store the packed checkpoint at the end of a segment."""
+        self.checkpoints.append(self._store.put("checkpoint", checkpoint))
+
+    @property
+    def root(self) -> bytes:
+        """What the claim commits to: 32 bytes."""
+        return self._tree.root(self.checkpoints)
+
+
+def retain_traces(
+    journal: Journal, store: BlobStore, round_number: int, delta: bytes, checkpoints: Sequence[bytes], rounds: int
+) -> None:
+    """Remember a finished round's trace and delete those whose audit window has closed.
+
+    Args:
+        rounds: how many rounds a trace is kept.
+    """
+    traces = {number: trace for number, trace in journal.traces().items() if number > round_number - rounds}
+    traces[round_number] = {"delta": delta.hex(), "checkpoints": [digest.hex() for digest in checkpoints]}
+    journal.keep_traces(traces)
+    store.retain("delta", {bytes.fromhex(trace["delta"]) for trace in traces.values()})
+    store.retain("checkpoint", {bytes.fromhex(c) for trace in traces.values() for c in trace["checkpoints"]})
