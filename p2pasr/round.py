@@ -51,6 +51,9 @@ from p2pasr.verify.trace import Trace, retain_traces
 POLL_SECONDS: Final = 0.5
 """How often the directory is read while waiting for others."""
 
+QUIET_SECONDS: Final = 3.0
+"""Peers finish a round within moments of each other; only a longer wait is worth a sentence."""
+
 PATIENCE_SECONDS: Final = 30.0
 """How long one wait lasts before the round is looked at afresh from its first step."""
 
@@ -233,7 +236,7 @@ def overtaken(member: Member) -> bool:
 def ready_to_train(member: Member) -> bool:
     """Whether there are peers enough and the round is still at its beginning; waits a while for both."""
     rounds = member.manifest.rounds
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    started = time.monotonic()
     waiting = False
     while True:
         roster = member.records.roster()
@@ -257,8 +260,10 @@ def ready_to_train(member: Member) -> bool:
             if elsewhere:
                 rounds_seen = ", ".join(sorted({f"round {r.round} {r.state.hex()[:8]}" for r in elsewhere}))
                 reason += f"; {len(elsewhere)} hold another state ({rounds_seen}), this one {member.state.digest.hex()[:8]}"
-        member.report.wait(reason)
-        if overtaken(member) or time.monotonic() > deadline:
+        waited = time.monotonic() - started
+        if waited > QUIET_SECONDS:
+            member.report.wait(reason)
+        if overtaken(member) or waited > PATIENCE_SECONDS:
             return False
         time.sleep(POLL_SECONDS)
 

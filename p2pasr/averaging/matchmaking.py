@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 from hivemind.averaging.matchmaking import Matchmaking
+from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P, P2PContext, P2PDaemonError, PeerID, ServicerBase
 from hivemind.proto import averaging_pb2
 from hivemind.utils import get_dht_time
@@ -68,6 +69,22 @@ class _Step:
         return max(0.0, self.deadline - get_dht_time())
 
 
+class _AwaitableDht:
+    """A DHT node as `Matchmaking` expects it: hivemind's process-bound `DHT` takes `return_future`."""
+
+    def __init__(self, node: DHTNode) -> None:
+        self.peer_id = node.peer_id
+        self._node = node
+
+    async def store(self, *, return_future: bool, **record: Any) -> bool:
+        """As :meth:`hivemind.dht.node.DHTNode.store`."""
+        return bool(await self._node.store(**record))
+
+    async def get(self, key: str, *, latest: bool, return_future: bool) -> Any:
+        """As :meth:`hivemind.dht.node.DHTNode.get`."""
+        return await self._node.get(key, latest=latest)
+
+
 class Matchmaker:
     """Finds groups for one peer.
 
@@ -116,7 +133,7 @@ class Matchmaker:
         self._current = Matchmaking(
             self._host.p2p,
             schema,
-            self._host.node.dht,
+            _AwaitableDht(self._host.node.dht),
             servicer_type=_bounded_servicer(self._host, self._why),
             prefix=f"p2pasr-{self._host.run.hex()[:32]}",
             target_group_size=None,  # set below: passed here, hivemind would advise powers of two

@@ -46,21 +46,23 @@ class BlobExchange:
         host.calls["provide"] = self._call_provide
 
     async def _give(self, stream: Stream) -> None:
-        """Answer chunk requests until the other side closes."""
+        """Answer requests for a blob's size (offset None) or one of its chunks until the other side closes."""
         while True:
             try:
                 request = await stream.receive()
             except TransportError:
                 return
-            digest, offset = field(request, "digest", bytes), field(request, "offset", int)
+            digest, offset = field(request, "digest", bytes), request.get("offset")
             path = self._host.store.find(digest) if len(digest) == DIGEST_BYTES else None
             if path is None:
                 raise TransportError("no such blob here")
             size = path.stat().st_size
-            if not 0 <= offset < max(size, 1):
-                raise Reject(f"{short(stream.peer)} asks for byte {offset} of {size}")
+            if offset is None:
+                await stream.send({"size": size})
+                continue
+            if type(offset) is not int or not 0 <= offset < max(size, 1):
+                raise Reject(f"{short(stream.peer)} asks for byte {offset!r} of {size}")
             os.utime(path)  # what is asked for is evicted last
-            await stream.send({"size": size})
             await stream.send_frame(_read_chunk(path, offset))
 
     async def _call_provide(self, args: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +124,11 @@ class BlobExchange:
         async def ask(peer: str) -> None:
             try:
                 async with self._host.open(peer, "blob") as stream:
-                    sizes[peer] = (await _request(stream, digest, 0, max_bytes))[0]
+                    await stream.send({"digest": digest, "offset": None})
+                    size = field(await stream.receive(), "size", int)
+                if not 0 <= size <= max_bytes:
+                    raise Reject(f"{short(peer)} offers {size} bytes where at most {max_bytes} belong")
+                sizes[peer] = size
             except P2pasrError as error:
                 reasons.append(str(error))
 
@@ -151,8 +157,8 @@ class BlobExchange:
                 async with self._host.open(peer, "blob") as stream:
                     while (index := chunks.take()) is not None:
                         try:
-                            _, data = await _request(stream, digest, index * CHUNK_BYTES, size)
-                            chunks.write(index, data)
+                            await stream.send({"digest": digest, "offset": index * CHUNK_BYTES})
+                            chunks.write(index, await stream.receive_frame(CHUNK_BYTES))
                         except BaseException:
                             chunks.give_back(index)
                             raise
@@ -227,15 +233,6 @@ class _Chunks:
     def forget(self) -> None:
         self._part.unlink(missing_ok=True)
         self._map.unlink(missing_ok=True)
-
-
-async def _request(stream: Stream, digest: bytes, offset: int, max_bytes: int) -> tuple[int, bytes]:
-    """Ask for one chunk; returns (size of the whole blob, the chunk)."""
-    await stream.send({"digest": digest, "offset": offset})
-    size = field(await stream.receive(), "size", int)
-    if not 0 <= size <= max_bytes:
-        raise Reject(f"{short(stream.peer)} offers a blob of {size} bytes where at most {max_bytes} belong")
-    return size, await stream.receive_frame(CHUNK_BYTES)
 
 
 def _read_chunk(path: Path, offset: int) -> bytes:

@@ -83,6 +83,10 @@ OnStep = Callable[[int, float], None]
 """Called after every step with (steps done in the segment, loss)."""
 
 
+OnProgress = Callable[[int, int], None]
+"""Called with (items done, items in all)."""
+
+
 @runtime_checkable
 class Task(Protocol):
     """What a peer can train. `build` in this package makes one from a manifest."""
@@ -99,7 +103,9 @@ class Task(Protocol):
             NonFiniteStep: a loss or gradient was NaN or infinite.
         """
 
-    def evaluate(self, params: Tensors | None, shards: Sequence[Path]) -> Mapping[str, Any]:
+    def evaluate(
+        self, params: Tensors | None, shards: Sequence[Path], on_progress: OnProgress | None = None
+    ) -> Mapping[str, Any]:
         """Score parameters on held-out shards in the task's own metric; None scores the untrained base."""
 
     def export(self, params: Tensors, out: Path, about: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from p2pasr.protocol.tensors import Tensors
 from p2pasr.speech.metrics import error_rates
 from p2pasr.speech.pretrained import Frontend, frontend, load, weights_digest
 from p2pasr.speech.shards import Clip, Features, read_shard
-from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, SegmentReport
+from p2pasr.tasks.base import Checkpoint, OnProgress, OnStep, SegmentPlan, SegmentReport
 from p2pasr.tasks.determinism import hardware_class, reproducible, uniform
 from p2pasr.tasks.whisper import collate, sample_batches, token_losses, transcribe
 
@@ -134,17 +134,17 @@ class LoraTask:
             raise NonFiniteStep(f"parameters became NaN or infinite by step {end.step} of the round")
         return end, SegmentReport(float(np.mean(losses)), plan.steps * plan.samples_per_step)
 
-    def evaluate(self, params: Tensors | None, shards: Sequence[Path]) -> Mapping[str, Any]:
+    def evaluate(
+        self, params: Tensors | None, shards: Sequence[Path], on_progress: OnProgress | None = None
+    ) -> Mapping[str, Any]:
         """Error rates of the base (params None) or the adapted model on held-out shards."""
         clips = self._clips(shards)
         tokenizer = self.frontend.tokenizer
         wanted = [tokenizer.decode(clip.tokens, skip_special_tokens=True) for clip in clips]
-        if params is None:
-            with self.model.disable_adapter():
-                heard = transcribe(self.model.base_model.model, tokenizer, clips, self.frames)
-        else:
+        if params is not None:
             self._set(params)
-            heard = transcribe(self.model.base_model.model, tokenizer, clips, self.frames)
+        with self.model.disable_adapter() if params is None else nullcontext():
+            heard = transcribe(self.model.base_model.model, tokenizer, clips, self.frames, on_progress=on_progress)
         return error_rates(wanted, heard).as_dict()
 
     def export(self, params: Tensors, out: Path, about: Mapping[str, Any]) -> None:

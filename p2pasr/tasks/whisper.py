@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from p2pasr.speech.mel import restore
 from p2pasr.speech.shards import Clip
+from p2pasr.tasks.base import OnProgress
 from p2pasr.tasks.determinism import shuffled
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def transcribe(
     clips: Sequence[Clip],
     frames: int,
     batch_size: int = 32,
+    on_progress: OnProgress | None = None,
 ) -> list[str]:
     """Greedy transcripts of clips, in their order.
 
@@ -113,6 +115,8 @@ def transcribe(
             ids = greedy(model, torch.from_numpy(features).to(device), prefix)
             for index, row in zip(chosen, ids, strict=True):
                 results[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
+            if on_progress is not None:
+                on_progress(len(results), len(clips))
     return [results[index] for index in range(len(clips))]
 
 

@@ -1,0 +1,47 @@
+# `make demo` and `make test` install what they need into .venv and need nothing but Python 3.11 or 3.12.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint swarm bench package dev clean
+
+demo: $(VENV)/.demo
+	$(BIN)/p2pasr demo run --out demo-out
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+swarm: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/swarm
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks averaging
+	$(BIN)/python -m benchmarks training
+	$(BIN)/python -m benchmarks swarm
+
+package: $(VENV)/.dev
+	$(BIN)/python -m build
+
+dev: $(VENV)/.dev
+	$(BIN)/pre-commit install
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable '.[demo]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable '.[dev]'
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) demo-out build dist

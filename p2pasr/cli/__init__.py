@@ -1,0 +1,36 @@
+"""The console script `p2pasr`: everything around training. Training itself is `python -m p2pasr.peer`."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from p2pasr.cli import data, demo, run, score
+from p2pasr.errors import P2pasrError
+from p2pasr.report import quiet_libraries
+
+app = typer.Typer(
+    help="Train speech recognition together, from home, with nobody in charge.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(data.app, name="data")
+app.add_typer(run.app, name="run")
+app.add_typer(demo.app, name="demo")
+app.command("eval")(score.evaluate)
+app.command("export")(score.export)
+
+
+def main() -> None:
+    """Run the command; an expected failure is one sentence and exit code 1."""
+    try:
+        quiet_libraries()
+        app()
+    except P2pasrError as error:
+        print(f"p2pasr: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("p2pasr: stopped", file=sys.stderr)
+        sys.exit(130)

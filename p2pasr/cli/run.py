@@ -1,0 +1,40 @@
+"""`p2pasr run`: start a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(help="Start a run.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `new` a subcommand while it is the only one."""
+
+
+@app.command()
+def new(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="what the run trains and how")],
+    shards: Annotated[Path, typer.Option(metavar="SHARDS", help="folder of prepared shards")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="the manifest (default: CONFIG.run.json)")] = None,
+    model: Annotated[str | None, typer.Option(metavar="DIR", help="local folder of the base model")] = None,
+) -> None:
+    """Write a run's manifest and print the run id."""
+    from p2pasr.protocol.manifest import read_config
+    from p2pasr.runs import new_run
+
+    console = Console(soft_wrap=True, highlight=False)
+    with Console(stderr=True).status("checking the shards and building the initial state"):
+        manifest = new_run(read_config(config), shards, model)
+    path = out or config.with_suffix(".run.json")
+    manifest.write(path)
+    hours = sum(shard.seconds for shard in manifest.shards) / 3600
+    console.print(f"run id: {manifest.run_id.hex()}")
+    console.print(
+        f"manifest: {path} ({len(manifest.shards)} shards, {hours:.2f} h of audio, {manifest.parameters:,} trained values)"
+    )
+    console.print(f"first peer: python -m p2pasr.peer --run {path} --seed-data {shards}")
