@@ -44,8 +44,11 @@ class BlobStore:
             (root / kind).mkdir(parents=True, exist_ok=True)
         (root / "partial").mkdir(exist_ok=True)
 
-    def put(self, kind: Kind, data: bytes | memoryview) -> bytes:
+    def put(self, kind: Kind, data: bytes | memoryview, *, durable: bool = True) -> bytes:
         """Store bytes and return their digest.
+
+        Args:
+            durable: sync the file, so that it also survives a power cut.
 
         Raises:
             LocalError: the disk or the budget is full.
@@ -53,30 +56,28 @@ class BlobStore:
         digest = blob_digest(data)
         if self.find(digest) is None:
             self.make_room(len(data))
-            with self.writing(digest, kind) as file:
-                file.write_bytes(data)
+            with self._writing(digest, kind, durable) as part:
+                part.write_bytes(data)
         return digest
 
     @contextlib.contextmanager
-    def writing(self, digest: bytes, kind: Kind) -> Iterator[Path]:
-        """A temporary path to write a blob to; it becomes the blob when the block ends without error.
-
-        The caller vouches for the digest.
-        """
+    def _writing(self, digest: bytes, kind: Kind, durable: bool) -> Iterator[Path]:
+        """A temporary path to write a blob to; it becomes the blob when the block ends without error."""
         descriptor, name = tempfile.mkstemp(dir=self.root / "partial", prefix=digest.hex()[:16] + "-")
         os.close(descriptor)
         part = Path(name)
         try:
             with disk_errors(self.root):
                 yield part
-                self.commit(part, digest, kind)
+                self.commit(part, digest, kind, durable=durable)
         finally:
             part.unlink(missing_ok=True)
 
-    def commit(self, part: Path, digest: bytes, kind: Kind) -> None:
-        """Sync a finished file and give it its final name."""
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+    def commit(self, part: Path, digest: bytes, kind: Kind, *, durable: bool = True) -> None:
+        """Sync a finished file and give it its final name; the caller vouches for the digest."""
+        if durable:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
         part.replace(self.root / kind / digest.hex())
 
     def lend(self, path: Path, digest: bytes, *, check: bool = True) -> None:

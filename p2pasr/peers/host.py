@@ -30,6 +30,9 @@ from p2pasr.peers.streams import Pacer, Stream
 STREAM_SECONDS: Final = 30.0
 """How long a single read or write on a stream may take."""
 
+LINGER_SECONDS: Final = 10.0
+"""How long a handler that is done waits for the caller to close."""
+
 OPEN_SECONDS: Final = 10.0
 MAX_INCOMING: Final = 128
 """Incoming streams that are served at once; more are refused."""
@@ -109,7 +112,12 @@ class Host:
         return f"/p2pasr/1/{self.run.hex()}/{name}"
 
     async def serve(self, name: str, handler: Handler) -> None:
-        """Handle incoming streams of a protocol; errors end the stream, never the process."""
+        """Handle incoming streams of a protocol; errors end the stream, never the process.
+
+        The caller closes first. libp2p's daemon may drop what was written just before its side of a
+        stream is closed – about one stream in 300 on loopback – so a handler that has said its last
+        waits until the caller has read it and gone.
+        """
 
         async def handle(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             stream = Stream(str(info.peer_id), reader, writer, self.pacer, STREAM_SECONDS)
@@ -124,6 +132,9 @@ class Host:
                 if isinstance(error, RemoteError):
                     self.emit({"event": "refused", "reason": str(error), "peer": stream.peer})
             finally:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LINGER_SECONDS):
+                        await stream.closed()
                 self._incoming -= 1
                 stream.close()
 

@@ -72,8 +72,7 @@ class Stream:
         await self._pacer.spend(len(data) + _LENGTH_BYTES)
         try:
             async with asyncio.timeout(self.timeout):
-                self._writer.write(len(data).to_bytes(_LENGTH_BYTES, "big"))
-                self._writer.write(data)
+                self._writer.writelines([len(data).to_bytes(_LENGTH_BYTES, "big"), data])
                 await self._writer.drain()
         except (TimeoutError, OSError) as error:
             raise TransportError(f"{_tail(self.peer)} takes no data ({_reason(error, self.timeout)})") from error

@@ -73,7 +73,7 @@ class AveragingSection(_Section):
     codec: Literal["float32", "float16", "int8"] = "float16"
     block: Annotated[int, Field(ge=16, le=65_536)] = 256
     """Values that share one scale in `int8`."""
-    part_values: Annotated[int, Field(ge=256, le=1 << 22)] = 1 << 16
+    part_values: Annotated[int, Field(ge=256, le=1 << 22)] = 1 << 17
     """Values in one part, the unit of reduction."""
     weight_cap: Annotated[float, Field(ge=1)] = 4.0
     """No claim weighs more than this multiple of the median claim."""

@@ -7,7 +7,7 @@ signature against the peer that its own body names. What a record *means* is che
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Final, Generic, Literal, TypeVar
 
@@ -173,7 +173,7 @@ class Signed(Generic[M]):
 
     def pack(self) -> bytes:
         """The bytes that travel."""
-        return pack({"body": asdict(self.message), "kind": self.message.kind, "signature": self.signature})
+        return pack({"body": _as_map(self.message), "kind": self.message.kind, "signature": self.signature})
 
     @property
     def digest(self) -> bytes:
@@ -183,7 +183,7 @@ class Signed(Generic[M]):
 
 def message_digest(message: Message) -> bytes:
     """Names a message: the digest of its canonical body in the domain of its kind."""
-    return digest(message.kind, pack(asdict(message)))
+    return digest(message.kind, pack(_as_map(message)))
 
 
 def seal(signer: Signer, message: M) -> Signed[M]:
@@ -194,7 +194,7 @@ def seal(signer: Signer, message: M) -> Signed[M]:
     """
     if message.peer != signer.peer:
         raise ValueError(f"{signer.peer} cannot sign for {message.peer}")
-    return Signed(message, sign(signer, message.kind, pack(asdict(message))))
+    return Signed(message, sign(signer, message.kind, pack(_as_map(message))))
 
 
 def unseal(data: bytes, expected: type[M], max_bytes: int = MAX_RECORD_BYTES) -> Signed[M]:
@@ -213,7 +213,7 @@ def unseal(data: bytes, expected: type[M], max_bytes: int = MAX_RECORD_BYTES) ->
         raise Reject(f"a signature has {SIGNATURE_BYTES} bytes")
     message = read_fields(outer["body"], expected)
     body = pack(outer["body"])
-    if pack(asdict(message)) != body:  # a coerced value, such as 1 or "1" where 1.0 belongs
+    if pack(_as_map(message)) != body:  # a coerced value, such as 1 or "1" where 1.0 belongs
         raise Reject(f"a {expected.kind} is not in canonical form")
     verify(message.peer, expected.kind, body, signature)
     return Signed(message, signature)
@@ -231,6 +231,15 @@ def read_fields(body: Any, expected: type[M]) -> M:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
         raise Reject(f"a {expected.kind}'s {where} is malformed ({first['msg']})") from None
+
+
+def _as_map(value: Any) -> Any:
+    """A message as plain maps and tuples; `dataclasses.asdict` would copy every leaf."""
+    if is_dataclass(value):
+        return {field.name: _as_map(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple):
+        return tuple(map(_as_map, value))
+    return value
 
 
 @lru_cache

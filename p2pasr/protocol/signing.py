@@ -41,6 +41,7 @@ def peer_id(public_key: bytes) -> str:
     return base58.b58encode(_MULTIHASH_PREFIX + public_key).decode()
 
 
+@lru_cache(maxsize=4096)
 def peer_id_bytes(peer: str) -> bytes:
     """The 38 raw bytes of a peer ID.
 
@@ -56,6 +57,7 @@ def peer_id_bytes(peer: str) -> bytes:
     return raw
 
 
+@lru_cache(maxsize=4096)
 def peer_id_from_bytes(raw: bytes) -> str:
     """The base58 form of a raw peer ID.
 
@@ -78,10 +80,8 @@ def verify(peer: str, kind: str, body: bytes, signature: bytes) -> None:
     Raises:
         Reject: it did not.
     """
-    try:
-        _public_key(peer).verify(signature, _signed_bytes(kind, body))
-    except InvalidSignature:
-        raise Reject(f"the signature on a {kind} does not verify against {short(peer)}") from None
+    if not _is_signed(peer, _signed_bytes(kind, body), signature):
+        raise Reject(f"the signature on a {kind} does not verify against {short(peer)}")
 
 
 def short(peer: str) -> str:
@@ -91,6 +91,16 @@ def short(peer: str) -> str:
 
 def _signed_bytes(kind: str, body: bytes) -> bytes:
     return DOMAIN + kind.encode() + b"\x00" + blob_digest(body)
+
+
+@lru_cache(maxsize=8192)
+def _is_signed(peer: str, signed: bytes, signature: bytes) -> bool:
+    """Cached, since the DHT returns the same records again and again."""
+    try:
+        _public_key(peer).verify(signature, signed)
+    except InvalidSignature:
+        return False
+    return True
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,70 @@
+"""`python -m benchmarks NAME`: print a table, or JSON with `--json`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from p2pasr.errors import P2pasrError
+from p2pasr.report import quiet_libraries
+
+
+def _averaging(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from benchmarks.averaging import measure
+
+    return [asdict(row) for peers in arguments.peers for row in measure(peers, arguments.codecs, arguments.rounds)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a benchmark; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    kinds = parser.add_subparsers(required=True, metavar="NAME")
+
+    averaging = kinds.add_parser("averaging", help="a round of averaging, beside hivemind's averager")
+    averaging.add_argument("--peers", type=int, nargs="+", default=[4, 8])
+    averaging.add_argument("--codecs", nargs="+", default=["float16", "int8"])
+    averaging.add_argument("--rounds", type=int, default=10)
+    averaging.set_defaults(run=_averaging, title="averaging 1,769,472 values on loopback, a round")
+
+    for kind in kinds.choices.values():
+        kind.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parsed = parser.parse_args(arguments)
+    quiet_libraries()
+    try:
+        rows = parsed.run(parsed)
+    except P2pasrError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 1
+    if parsed.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        _print(parsed.title, rows)
+    return 0
+
+
+def _print(title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console(highlight=False).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.2e}" if 0 < abs(value) < 0.01 else f"{value:.2f}"
+    return str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
