@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from p2pasr.errors import P2pasrError
-from p2pasr.report import quiet_libraries
+from p2pasr.speech.pretrained import quiet_libraries
 
 
 def _averaging(arguments: argparse.Namespace) -> list[dict[str, Any]]:

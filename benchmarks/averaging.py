@@ -182,7 +182,7 @@ def _ours(peers: int, codec: str, folder: Path) -> Iterator[_Ours]:
                 identity_path=str(key), socket_dir="", host_maddrs=("/ip4/127.0.0.1/tcp/0",), initial_peers=entry
             )
             config = LinkConfig(node=node, run=manifest.run_id, store_root=str(store.root))
-            link = Link(config, lambda event: None, home / "network.log")
+            link = Link(config, lambda _event: None, home)
             stack.callback(link.stop)
             link.start()
             link.joined()

@@ -27,10 +27,11 @@ from p2pasr.peers.records import Records
 from p2pasr.peers.sync import fetch_manifest
 from p2pasr.protocol.manifest import RunManifest, read_manifest
 from p2pasr.protocol.state import parse_state
-from p2pasr.report import Report, quiet_libraries
+from p2pasr.report import Report
 from p2pasr.round import Member, hold, provide, run_round
 from p2pasr.runs import build_task, default_home, initial_state, parse_run_id, run_folder
 from p2pasr.speech.prepare import read_index
+from p2pasr.speech.pretrained import quiet_libraries
 
 LINK_SECONDS: Final = 120.0
 """How long a peer waits for its network process to come back before it says so again."""
@@ -119,6 +120,7 @@ class Peer:
         journal = Journal(folder)
         self._cleanup.callback(journal.close)
         store = BlobStore(folder / "blobs", int(options.disk_gib * GIBIBYTE))
+        store.tidy()
         if manifest is not None:
             store.put("manifest", manifest.canonical())
         lend = self._lend(store, manifest)
@@ -136,12 +138,10 @@ class Peer:
             run=run,
             store_root=str(store.root),
             budget_bytes=store.budget_bytes,
-            upload_bytes_per_second=None
-            if options.upload_limit_mbit is None
-            else options.upload_limit_mbit * 1e6 / 8,
+            upload_bytes_per_second=None if options.upload_limit_mbit is None else options.upload_limit_mbit * 1e6 / 8,
             lend=lend,
         )
-        link = Link(config, self._on_link_event, folder / "network.log")
+        link = Link(config, self._on_link_event, folder)
         self._cleanup.callback(link.stop)
         link.start()
         device = _device(options)  # loads torch while the network process joins
@@ -302,7 +302,8 @@ def _device(options: PeerOptions) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m p2pasr.peer",
-        description="Join a run and train. Without --initial-peers this is the first peer, and trains alone until others come.",
+        description="Join a run and train. Without --initial-peers this is the first peer and trains alone "
+        "until others come.",
     )
     add = parser.add_argument
     add("--run", required=True, metavar="RUN", help="a manifest file, or a run id (then the manifest comes from peers)")
@@ -384,11 +385,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         report.emit("stopped", "stopped; the next start resumes from the state folder")
         return 130
-    except P2pasrError as error:
-        report.close()
-        if parsed.log_format == "json":
-            report.emit("error", str(error))
-        print(f"p2pasr: {error}", file=sys.stderr)
+    except (P2pasrError, OSError) as error:
+        report.fail(error)
         return 1
     return 0
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import sys
 import threading
 import time
-import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final, Literal, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
 
 LogFormat = Literal["text", "json"]
 
@@ -79,7 +87,12 @@ class Report:
         if self._json or not self._console.is_terminal:
             return
         if self._progress is None:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f} %"),
+            )
             self._progress = Progress(*columns, console=self._console, transient=True)
             self._bar = self._progress.add_task(label, total=total)
             self._progress.start()
@@ -88,6 +101,16 @@ class Report:
         if done >= total:
             self.close()
 
+    def fail(self, error: Exception) -> None:
+        """Report, on standard error, what ends a command; for programs as an event too."""
+        self.close()
+        sentence = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            sentence = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        if self._json:
+            self.emit("error", sentence)
+        print(f"p2pasr: {sentence}", file=sys.stderr)
+
     def close(self) -> None:
         """Remove the live line."""
         if self._progress is not None:
@@ -95,16 +118,28 @@ class Report:
             self._progress = None
 
 
-def quiet_libraries() -> None:
-    """Keep the training libraries' progress bars and notices out of a command's output."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    from transformers.utils import logging as transformers_logging
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on stderr while the block runs; yields a function of (done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(label, total=None)
 
-    transformers_logging.disable_progress_bar()
+        def on_progress(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        yield on_progress
+
+
+def error_rate_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Error rates as people read them."""
+    table = Table(title=title, title_justify="left")
+    for column in ("model", "CER", "WER", "exact", "clips"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, rates in rows.items():
+        wer = "–" if rates["wer"] is None else f"{rates['wer']:.1%}"
+        table.add_row(name, f"{rates['cer']:.1%}", wer, f"{rates['exact']:.0%}", str(rates["clips"]))
+    return table
 
 
 def _plain(value: Any) -> Any:

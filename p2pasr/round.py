@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +20,7 @@ from p2pasr.averaging.codec import Layout, flatten, unflatten
 from p2pasr.averaging.merkle import Tree, part_digests
 from p2pasr.errors import LocalError, NonFiniteStep, RoundFailed, TransportError
 from p2pasr.peers import sync as syncing
-from p2pasr.peers.blobs import BlobStore
+from p2pasr.peers.blobs import BlobStore, file_digest
 from p2pasr.peers.identity import Identity
 from p2pasr.peers.journal import Journal, Pending
 from p2pasr.peers.link import Link
@@ -80,6 +80,8 @@ class Member:
         state: what this peer holds; replaced only by a committed round or by the state that holds.
         attested: this peer's current attestation, None before its first.
         fresh: whether it fetched or loaded its state instead of taking part in the round before.
+        closes_at: when this peer's training of the round ends at the latest, seconds since 1970.
+        whole: shards whose bytes this process has compared with their digests.
     """
 
     manifest: RunManifest
@@ -96,6 +98,7 @@ class Member:
     attested: Signed[Attestation] | None = None
     fresh: bool = True
     closes_at: float = 0.0
+    whole: set[bytes] = field(default_factory=set)
 
     @property
     def peer(self) -> str:
@@ -105,9 +108,7 @@ class Member:
     @property
     def view(self) -> RoundView:
         """What the rules judge this round's records against."""
-        return RoundView(
-            self.manifest, self.state.run, self.state.round, self.state.digest, self.state.covered
-        )
+        return RoundView(self.manifest, self.state.run, self.state.round, self.state.digest, self.state.covered)
 
     def say(self, stage: Stage, segments: int = 0) -> None:
         """Tell the others what this peer does now."""
@@ -259,7 +260,9 @@ def ready_to_train(member: Member) -> bool:
             reason = f"waiting for {missing} more peer{'s' if missing > 1 else ''} (a round needs {rounds.min_peers})"
             if elsewhere:
                 rounds_seen = ", ".join(sorted({f"round {r.round} {r.state.hex()[:8]}" for r in elsewhere}))
-                reason += f"; {len(elsewhere)} hold another state ({rounds_seen}), this one {member.state.digest.hex()[:8]}"
+                reason += (
+                    f"; {len(elsewhere)} hold another state ({rounds_seen}), this one {member.state.digest.hex()[:8]}"
+                )
         waited = time.monotonic() - started
         if waited > QUIET_SECONDS:
             member.report.wait(reason)
@@ -273,7 +276,7 @@ def assign_shards(member: Member) -> tuple[bytes, ...]:
     shards = assign(member.manifest, member.state.digest, member.state.covered, member.peer)
     member.step("assign", f"round {member.state.round}: {len(shards)} shards")
     sizes = {ref.digest: ref.bytes for ref in member.manifest.shards}
-    missing = [shard for shard in shards if member.store.find(shard) is None]
+    missing = [shard for shard in shards if not is_whole(member, shard)]
     for done, shard in enumerate(missing):
         member.report.progress("fetching shards", done, len(missing))
         size = sizes[shard.hex()]
@@ -282,6 +285,18 @@ def assign_shards(member: Member) -> tuple[bytes, ...]:
         member.report.progress("fetching shards", len(missing), len(missing))
         provide(member)
     return shards
+
+
+def is_whole(member: Member, shard: bytes) -> bool:
+    """Whether a shard is here and undamaged; its bytes are read once a process."""
+    path = member.store.find(shard)
+    if path is not None and shard not in member.whole and file_digest(path) != shard:
+        member.report.warn(f"{path} was damaged on disk and is fetched again")
+        member.store.discard(shard)
+        path = None
+    if path is not None:
+        member.whole.add(shard)
+    return path is not None
 
 
 def provide(member: Member) -> None:
@@ -382,9 +397,7 @@ def _progress(member: Member, segment: int) -> OnStep:
 # --- commit -------------------------------------------------------------------------------------
 
 
-def commit(
-    member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Trace, losses: Sequence[float]
-) -> Work:
+def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Trace, losses: Sequence[float]) -> Work:
     """Encode the delta, commit to its parts and to the trace, write the claim down, publish it."""
     member.step("commit", f"round {member.state.round}: committing to the delta")
     vector = flatten(end.params) - flatten(member.state.params)

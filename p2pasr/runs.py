@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from p2pasr import tasks
-from p2pasr.errors import LocalError
+from p2pasr.errors import LocalError, Reject
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.peers.journal import Journal
-from p2pasr.protocol.manifest import RunConfig, RunManifest, read_manifest
+from p2pasr.protocol.manifest import RunConfig, RunManifest, parse_manifest, read_manifest
 from p2pasr.protocol.state import State, genesis, params_digest, parse_state
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.speech.prepare import read_index
@@ -117,6 +117,13 @@ def open_run(run: str, state_dir: Path | None = None) -> SavedRun:
     held = Journal.read_held(folder)
     manifest = read_manifest(Path(run)) if Path(run).is_file() else _stored_manifest(store, run_id)
     return SavedRun(manifest, store, {r: digest for r, digest in held.items() if store.find(digest) is not None})
+
+
+def _stored_manifest(store: BlobStore, run_id: bytes) -> RunManifest:
+    try:
+        return parse_manifest(store.get(run_id))
+    except Reject as error:
+        raise LocalError(f"run id {run_id.hex()[:16]} names something that is no manifest ({error})") from error
 
 
 def parse_run_id(text: str) -> bytes:

@@ -313,7 +313,7 @@ class AllReduce:
         session = await self._find(streams.field(opening, "group", bytes))
         position = session.members.position(stream.peer)
         claim = session.members.claims[position].message
-        digests = opening.get("digests")
+        digests = streams.field(opening, "digests", tuple)
         if not _are_digests(digests, session.layout.parts) or _delta_tree(claim).root(digests) != claim.delta_root:
             session.reducer.drop(position)
             raise Reject(f"{short(stream.peer)} announces other parts than its claim commits to")

@@ -63,14 +63,14 @@ class Codec:
         if not np.isfinite(part).all():
             raise ValueError("a delta with values that are not finite has no encoding")
         if self.name == "float32":
-            return part.astype("<f4").tobytes()
+            return bytes(part.astype("<f4").tobytes())
         if self.name == "float16":
-            return np.clip(part, -FLOAT16_LIMIT, FLOAT16_LIMIT).astype("<f2").tobytes()
+            return bytes(np.clip(part, -FLOAT16_LIMIT, FLOAT16_LIMIT).astype("<f2").tobytes())
         blocks = _padded(part, self.block)
         scales = np.abs(blocks).max(axis=1) / INT8_LIMIT
         divisors = np.where(scales > 0, scales, np.float32(1))
-        quotients = np.rint(blocks / divisors[:, None]).astype(np.int8)
-        return scales.astype("<f4").tobytes() + quotients.reshape(-1)[: len(part)].tobytes()
+        quotients = np.clip(np.rint(blocks / divisors[:, None]), -INT8_LIMIT, INT8_LIMIT).astype(np.int8)
+        return bytes(scales.astype("<f4").tobytes() + quotients.reshape(-1)[: len(part)].tobytes())
 
     def decode(self, data: bytes | memoryview, values: int) -> Vector:
         """Decode a part; the same bytes give the same bits on every machine.
@@ -93,7 +93,8 @@ class Codec:
     def _decode_int8(self, data: bytes | memoryview, values: int) -> Vector:
         scales = np.frombuffer(data, dtype="<f4", count=-(-values // self.block))
         quotients = _padded(np.frombuffer(data, dtype=np.int8, offset=4 * len(scales)), self.block)
-        return (quotients.astype(np.float32) * scales[:, None]).reshape(-1)[:values]
+        products: Vector = np.multiply(quotients, scales[:, None], dtype=np.float32)
+        return products.reshape(-1)[:values]
 
 
 @dataclass(frozen=True, slots=True)

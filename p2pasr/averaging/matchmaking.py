@@ -66,7 +66,7 @@ class _Step:
 
     def get_timeout(self) -> float:
         """Seconds left."""
-        return max(0.0, self.deadline - get_dht_time())
+        return max(0.0, self.deadline - float(get_dht_time()))
 
 
 class _AwaitableDht:
@@ -76,11 +76,11 @@ class _AwaitableDht:
         self.peer_id = node.peer_id
         self._node = node
 
-    async def store(self, *, return_future: bool, **record: Any) -> bool:
+    async def store(self, *, return_future: bool, **record: Any) -> bool:  # noqa: ARG002
         """As :meth:`hivemind.dht.node.DHTNode.store`."""
         return bool(await self._node.store(**record))
 
-    async def get(self, key: str, *, latest: bool, return_future: bool) -> Any:
+    async def get(self, key: str, *, latest: bool, return_future: bool) -> Any:  # noqa: ARG002
         """As :meth:`hivemind.dht.node.DHTNode.get`."""
         return await self._node.get(key, latest=latest)
 
@@ -95,7 +95,7 @@ class Matchmaker:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._current: Matchmaking | None = None
-        self._admit: Callable[[str, bytes], None] = _admit_nobody
+        self._admit: Callable[[str, bytes], object] = _admit_nobody
         self._why: dict[str, str] = {}
 
     async def start(self) -> None:
@@ -111,7 +111,7 @@ class Matchmaker:
         min_size: int,
         window: float,
         timeout: float,
-        admit: Callable[[str, bytes], None],
+        admit: Callable[[str, bytes], object],
     ) -> Group:
         """Find a group.
 
@@ -226,7 +226,7 @@ def _bounded_servicer(host: Host, why: dict[str, str]) -> type[ServicerBase]:
 
     class Servicer(ServicerBase):  # type: ignore[misc]
         @classmethod
-        def get_stub(cls, p2p: P2P, peer: PeerID, *, namespace: str | None = None) -> Stub:
+        def get_stub(cls, _p2p: P2P, peer: PeerID, *, namespace: str | None = None) -> Stub:  # noqa: ARG003
             return Stub(str(peer))
 
     return Servicer

@@ -28,7 +28,9 @@ def weights(claims: Sequence[Claim], manifest: RunManifest) -> tuple[float, ...]
         for claim in sorted(claims, key=message_digest, reverse=True):
             owners.update(dict.fromkeys(claim.shards, claim))
         raw = [
-            trained_seconds(claim, manifest, {s.hex(): seconds[s.hex()] if owners[s] is claim else 0.0 for s in claim.shards})
+            trained_seconds(
+                claim, manifest, {s.hex(): seconds[s.hex()] if owners[s] is claim else 0.0 for s in claim.shards}
+            )
             for claim in claims
         ]
     else:

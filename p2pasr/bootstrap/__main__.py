@@ -39,10 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         uvloop.run(serve(config, report))
-    except P2pasrError as error:
-        if parsed.log_format == "json":
-            report.emit("error", str(error))
-        print(f"p2pasr: {error}", file=sys.stderr)
+    except (P2pasrError, OSError) as error:
+        report.fail(error)
         return 1
     return 0
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import signal
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from p2pasr.errors import TransportError
+from p2pasr.peers import sockets
 from p2pasr.peers.config import NodeConfig
-from p2pasr.peers.identity import lock
+from p2pasr.peers.identity import load_or_create, lock
 from p2pasr.peers.node import Node
 from p2pasr.report import Report
 
@@ -31,9 +30,11 @@ async def serve(config: NodeConfig, report: Report) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    sockets = tempfile.mkdtemp(prefix="p2pasr-")
-    node = Node(replace(config, socket_dir=sockets), report.wait)
-    lock(Path(config.identity_path))
+    key = Path(config.identity_path)
+    load_or_create(key)
+    lock(key)
+    note = key.with_name(key.name + ".sockets")
+    node = Node(replace(config, socket_dir=str(sockets.make(note))), report.wait)
     stopping = asyncio.create_task(stop.wait())
     try:
         while not stop.is_set():
@@ -54,7 +55,7 @@ async def serve(config: NodeConfig, report: Report) -> None:
     finally:
         stopping.cancel()
         await node.stop()
-        shutil.rmtree(sockets, ignore_errors=True)
+        sockets.remove(note)
     report.emit("stopped", "stopped; the next start has the same address")
 
 

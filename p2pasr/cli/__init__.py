@@ -8,7 +8,8 @@ import typer
 
 from p2pasr.cli import data, demo, run, score
 from p2pasr.errors import P2pasrError
-from p2pasr.report import quiet_libraries
+from p2pasr.report import Report
+from p2pasr.speech.pretrained import quiet_libraries
 
 app = typer.Typer(
     help="Train speech recognition together, from home, with nobody in charge.",
@@ -28,8 +29,8 @@ def main() -> None:
     try:
         quiet_libraries()
         app()
-    except P2pasrError as error:
-        print(f"p2pasr: {error}", file=sys.stderr)
+    except (P2pasrError, OSError) as error:
+        Report().fail(error)
         sys.exit(1)
     except KeyboardInterrupt:
         print("p2pasr: stopped", file=sys.stderr)

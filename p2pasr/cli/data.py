@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from p2pasr.cli.bars import progress_bar
+from p2pasr.report import progress_bar
 
 app = typer.Typer(help="Turn recordings into shards.", no_args_is_help=True)
 
@@ -22,9 +22,15 @@ def _group() -> None:
 def prepare(
     source: Annotated[Path, typer.Argument(metavar="IN", help="folder with labels.json or metadata.csv")],
     out: Annotated[Path, typer.Option(metavar="SHARDS", help="folder to write shards to")],
-    model: Annotated[str, typer.Option(help="the Whisper model to prepare for: hub id or folder")] = "openai/whisper-small",
-    dialect: Annotated[str, typer.Option(help="dialect of rows that name none, such as cmn, yue, nan, hak, en-us")] = "cmn",
-    window_seconds: Annotated[float | None, typer.Option(help="longest clip; the model's own window if not given")] = None,
+    model: Annotated[
+        str, typer.Option(help="the Whisper model to prepare for: hub id or folder")
+    ] = "openai/whisper-small",
+    dialect: Annotated[
+        str, typer.Option(help="dialect of rows that name none, such as cmn, yue, nan, hak, en-us")
+    ] = "cmn",
+    window_seconds: Annotated[
+        float | None, typer.Option(help="longest clip; the model's own window if not given")
+    ] = None,
     clips_per_shard: Annotated[int, typer.Option(min=1, help="rows of the input in one shard")] = 64,
     strict: Annotated[bool, typer.Option("--strict", help="stop at the first recording that is refused")] = False,
 ) -> None:

@@ -12,7 +12,9 @@ app = typer.Typer(help="A real swarm on this machine, on synthetic speech.", no_
 
 @app.command()
 def run(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="folder for everything that the demo writes")] = Path("demo-out"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder for everything that the demo writes")] = Path(
+        "demo-out"
+    ),
     peers: Annotated[int, typer.Option(min=1, max=16, help="training peers")] = 3,
     rounds: Annotated[int | None, typer.Option(min=1, help="rounds, if not the configuration's")] = None,
 ) -> None:
@@ -32,7 +34,7 @@ def corpus(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write synthetic recordings (espeak-ng) in the form that `p2pasr data prepare` reads."""
-    from p2pasr.cli.bars import progress_bar
+    from p2pasr.report import progress_bar
     from p2pasr.speech.synthetic import write_corpus
 
     with progress_bar("speaking") as on_progress:
@@ -43,7 +45,7 @@ def corpus(
             clips=clips,
             people=people,
             seed=seed,
-            on_clip=lambda done: on_progress(done, clips),
+            on_progress=on_progress,
         )
     typer.echo(f"{clips} synthetic recordings by {people} synthetic speakers: {labels}")
 
@@ -57,8 +59,8 @@ def make_base(
     """Train the demo's base model from scratch on synthetic Mandarin (about five minutes on two cores)."""
     from dataclasses import replace
 
-    from p2pasr.cli.bars import progress_bar
     from p2pasr.demo.base import Recipe, make_base
+    from p2pasr.report import progress_bar
 
     recipe = Recipe()
     recipe = replace(recipe, steps=steps or recipe.steps, clips=clips or recipe.clips)

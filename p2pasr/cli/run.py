@@ -35,6 +35,7 @@ def new(
     hours = sum(shard.seconds for shard in manifest.shards) / 3600
     console.print(f"run id: {manifest.run_id.hex()}")
     console.print(
-        f"manifest: {path} ({len(manifest.shards)} shards, {hours:.2f} h of audio, {manifest.parameters:,} trained values)"
+        f"manifest: {path} ({len(manifest.shards)} shards, {hours:.2f} h of audio, "
+        f"{manifest.parameters:,} trained values)"
     )
     console.print(f"first peer: python -m p2pasr.peer --run {path} --seed-data {shards}")

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from p2pasr.cli.bars import progress_bar
+from p2pasr.report import error_rate_table, progress_bar
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a manifest file or a run id")]
 StateDir = Annotated[Path | None, typer.Option(metavar="DIR", help="a peer's state folder (default: ~/.p2pasr)")]
-RoundOption = Annotated[int | None, typer.Option("--round", metavar="N", help="the state before round N (default: the newest)")]
+RoundOption = Annotated[
+    int | None, typer.Option("--round", metavar="N", help="the state before round N (default: the newest)")
+]
 ModelDir = Annotated[str | None, typer.Option(metavar="DIR", help="local folder of the base model")]
 
 
@@ -61,14 +61,3 @@ def export(
     state = saved.state(round_number, task.initial_params())
     runs.export(saved.manifest, state, out, task=task)
     typer.echo(f"wrote the model before round {state.round} (state {state.digest.hex()[:16]}) to {out}")
-
-
-def error_rate_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Error rates as people read them."""
-    table = Table(title=title, title_justify="left")
-    for column in ("model", "CER", "WER", "exact", "clips"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for name, rates in rows.items():
-        wer = "–" if rates["wer"] is None else f"{rates['wer']:.1%}"
-        table.add_row(name, f"{rates['cer']:.1%}", wer, f"{rates['exact']:.0%}", str(rates["clips"]))
-    return table

@@ -185,7 +185,7 @@ def _train(
         batch = collate(chosen, WINDOW_SECONDS * 100, model.config.pad_token_id)
         total, tokens = token_losses(model, batch)
         loss = total / tokens
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -194,9 +194,7 @@ def _train(
             on_step(step + 1, recipe.steps, float(loss.detach()))
 
 
-def _score(
-    model: WhisperForConditionalGeneration, tokenizer: WhisperTokenizer, clips: list[Clip]
-) -> ErrorRates:
+def _score(model: WhisperForConditionalGeneration, tokenizer: WhisperTokenizer, clips: list[Clip]) -> ErrorRates:
     wanted = [tokenizer.decode(clip.tokens, skip_special_tokens=True) for clip in clips]
     return error_rates(wanted, transcribe(model, tokenizer, clips, WINDOW_SECONDS * 100))
 

@@ -70,9 +70,9 @@ class Process:
             while not (found := self.seen(event, **fields)):
                 if self.exit_code is not None and not self._reader.is_alive():
                     raise TransportError(f"{self.name} ended with code {self.exit_code}: {self.last_words()}")
-                if not self._changed.wait(min(0.5, max(deadline - time.monotonic(), 0.01))):
-                    if time.monotonic() > deadline:
-                        raise TransportError(f"{self.name} did not report {event} {fields} within {timeout:.0f} s")
+                if time.monotonic() > deadline:
+                    raise TransportError(f"{self.name} did not report {event} {fields} within {timeout:.0f} s")
+                self._changed.wait(0.5)
         return found[0]
 
     def wait(self, timeout: float) -> int:
@@ -104,15 +104,16 @@ class Process:
 
     def last_words(self) -> str:
         """The last thing it said, for an error message."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if self.log.is_file() else []
+        lines = (
+            self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if self.log.is_file() else []
+        )
         said = [line for line in lines if line.startswith("p2pasr: ")] or lines
         if said:
             return said[-1]
         return str(self.events[-1]["message"]) if self.events else "it said nothing"
 
     def _read(self) -> None:
-        assert self.popen.stdout is not None
-        for line in self.popen.stdout:
+        for line in self.popen.stdout or ():
             try:
                 event = json.loads(line)
             except ValueError:

@@ -15,12 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from p2pasr import runs
-from p2pasr.cli.bars import progress_bar
-from p2pasr.cli.score import error_rate_table
 from p2pasr.demo.fleet import Event, Process, fleet_of
 from p2pasr.errors import LocalError, TransportError
 from p2pasr.peer import interrupt_on_terminate
 from p2pasr.protocol.manifest import RunManifest, read_config
+from p2pasr.report import error_rate_table, progress_bar
 from p2pasr.speech.prepare import Settings, prepare
 from p2pasr.speech.synthetic import write_corpus
 
@@ -43,7 +42,9 @@ class Board:
 
     def on_event(self, process: Process, event: Event) -> None:
         """Note what a process reports."""
-        row = self.rows.setdefault(process.name, dict.fromkeys(("peer", "step", "segment", "loss", "state", "sent", "round"), ""))
+        row = self.rows.setdefault(
+            process.name, dict.fromkeys(("peer", "step", "segment", "loss", "state", "sent", "round"), "")
+        )
         kind = event["event"]
         row["note"] = event["message"] if kind in ("wait", "warning", "error") else ""
         if kind == "ready":
@@ -66,9 +67,13 @@ class Board:
         table = Table(title=f"the swarm, {time.monotonic() - self.started:.0f} s", title_justify="left")
         for column in ("process", "peer", "round", "step", "segment", "loss", "state", "sent"):
             table.add_column(column, no_wrap=True)
-        for name, row in sorted(list(self.rows.items())):
-            table.add_row(name, *(row.get(c, "") for c in ("peer", "round", "step", "segment", "loss", "state", "sent")))
-        notes = [Text(f"{name}: {row['note']}", style="cyan") for name, row in sorted(self.rows.items()) if row.get("note")]
+        for name, row in sorted(self.rows.items()):
+            table.add_row(
+                name, *(row.get(c, "") for c in ("peer", "round", "step", "segment", "loss", "state", "sent"))
+            )
+        notes = [
+            Text(f"{name}: {row['note']}", style="cyan") for name, row in sorted(self.rows.items()) if row.get("note")
+        ]
         return Group(table, *notes)
 
 
@@ -122,7 +127,7 @@ def _make_run(out: Path, peers: int, rounds: int | None) -> RunManifest:
                 split=split,
                 clips=clips,
                 people=people,
-                on_clip=lambda done, on_progress=on_progress, clips=clips: on_progress(done, clips),
+                on_progress=on_progress,
             )
         with progress_bar(f"preparing shards ({split})") as on_progress:
             prepare(corpus, out / name, Settings(model, dialect="yue"), on_progress)
@@ -164,7 +169,9 @@ def _score(out: Path, manifest: RunManifest, processes: list[Process], console: 
     adapter = out / "adapter"
     runs.export(manifest, saved.state(last, like), adapter, task=task)
     _draw(curve, out / "curve.png")
-    console.print(error_rate_table("held-out Cantonese speakers", {"before": rates[0], f"after {last} rounds": rates[last]}))
+    console.print(
+        error_rate_table("held-out Cantonese speakers", {"before": rates[0], f"after {last} rounds": rates[last]})
+    )
     ends = {process.events[-1].get("state") for process in processes}
     return {
         "cer_before": rates[0]["cer"],
@@ -189,7 +196,9 @@ def _draw(curve: list[tuple[int, float]], path: Path) -> None:
     errors = [100 * cer for _, cer in curve]
     axes.plot(rounds, errors, marker="o", color="#1f6f8b")
     for number, error in zip(rounds, errors, strict=True):
-        axes.annotate(f"{error:.1f}", (number, error), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
+        axes.annotate(
+            f"{error:.1f}", (number, error), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8
+        )
     axes.set(
         xlabel="rounds averaged",
         ylabel="character error rate, %",

@@ -161,6 +161,12 @@ class BlobStore:
         if statistics.f_bavail * statistics.f_frsize < size:
             raise disk_full(self.root, size)
 
+    def tidy(self) -> None:
+        """Remove what a killed writer left; unfinished downloads stay, to be resumed."""
+        for path in (self.root / "partial").iterdir():
+            if "-" in path.name:
+                path.unlink(missing_ok=True)
+
     def partial(self, digest: bytes) -> Path:
         """Where an unfinished download of a blob is kept."""
         return self.root / "partial" / digest.hex()

@@ -29,8 +29,7 @@ MAX_FRAME_BYTES: Final = 64 * MEBIBYTE
 HEADER: Final = struct.Struct(">I")
 
 ERRORS: Final[dict[str, type[P2pasrError]]] = {
-    kind.__name__: kind
-    for kind in (LocalError, NonFiniteStep, Ignore, Reject, TransportError, LinkDown, RoundFailed)
+    kind.__name__: kind for kind in (LocalError, NonFiniteStep, Ignore, Reject, TransportError, LinkDown, RoundFailed)
 }
 
 

@@ -129,7 +129,7 @@ class Directory:
 def _owner(record: DHTRecord) -> str:
     try:
         subkey: Any = MSGPackSerializer.loads(record.subkey)
-    except Exception as error:  # noqa: BLE001 (msgpack raises many kinds; all mean the same here)
+    except Exception as error:
         raise Reject("a directory record has an unreadable sub-key") from error
     if not isinstance(subkey, bytes):
         raise Reject("a directory record has no owner")

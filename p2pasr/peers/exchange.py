@@ -114,9 +114,7 @@ class BlobExchange:
         others.discard(self._host.peer)
         return random.sample(sorted(others), len(others))
 
-    async def _measure(
-        self, digest: bytes, providers: list[str], max_bytes: int
-    ) -> tuple[int | None, list[str]]:
+    async def _measure(self, digest: bytes, providers: list[str], max_bytes: int) -> tuple[int | None, list[str]]:
         """The blob's size and who has it; if nobody does, None and the reasons."""
         sizes: dict[str, int] = {}
         reasons: list[str] = []
@@ -180,7 +178,9 @@ class BlobExchange:
             actual = await asyncio.get_running_loop().run_in_executor(None, file_digest, part)
             if actual != digest:
                 chunks.forget()
-                raise Reject(f"the {kind} {digest.hex()[:12]}… came with other bytes from {', '.join(map(short, holders))}")
+                raise Reject(
+                    f"the {kind} {digest.hex()[:12]}… came with other bytes from {', '.join(map(short, holders))}"
+                )
             self._host.store.commit(part, digest, kind)
             chunks.forget()
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -20,8 +18,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from p2pasr.errors import LinkDown, LocalError, P2pasrError, TransportError
-from p2pasr.peers.config import LinkConfig
+from p2pasr.peers import sockets
 from p2pasr.peers.channel import encode_frame, error_from_wire, read_frame
+from p2pasr.peers.config import LinkConfig
 
 MODULE: Final = "p2pasr.network"
 """What the network process runs: `python -m p2pasr.network`."""
@@ -49,14 +48,16 @@ class Link:
     Args:
         config: what it is started with.
         on_event: told of its events: `ready`, `waiting`, `warning`, `down`.
-        log_path: file for what it writes to stderr.
+        folder: the run's folder, for its log and the note of where its sockets lie.
     """
 
-    def __init__(self, config: LinkConfig, on_event: EventHandler, log_path: Path) -> None:
-        self._socket_dir = tempfile.mkdtemp(prefix="p2pasr-")
-        self.config = replace(config, node=replace(config.node, socket_dir=self._socket_dir))
+    def __init__(self, config: LinkConfig, on_event: EventHandler, folder: Path) -> None:
+        self._sockets_note = folder / "sockets"
+        self._socket_dir = sockets.make(self._sockets_note)
+        self.config = replace(config, node=replace(config.node, socket_dir=str(self._socket_dir)))
         self._on_event = on_event
-        self._log_path = log_path
+        self._log_path = folder / "network.log"
+        self._log_path.unlink(missing_ok=True)
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._attempt: _Attempt | None = None
@@ -147,7 +148,7 @@ class Link:
             _end(attempt.process)
         if self._thread.is_alive():
             self._thread.join(STOP_SECONDS)
-        shutil.rmtree(self._socket_dir, ignore_errors=True)
+        sockets.remove(self._sockets_note)
 
     def _supervise(self) -> None:
         delays = itertools.chain(BACKOFF_SECONDS, itertools.repeat(BACKOFF_SECONDS[-1]))
@@ -170,7 +171,7 @@ class Link:
     def _live(self) -> bool:
         """Start one process and read what it says until it is gone; returns whether it was ever up."""
         ours, theirs = socket.socketpair()
-        for path in Path(self._socket_dir).iterdir():  # a killed daemon leaves its sockets
+        for path in self._socket_dir.iterdir():  # a killed daemon leaves its sockets
             path.unlink(missing_ok=True)
         with self._log_path.open("ab") as log:
             process = subprocess.Popen(
@@ -232,8 +233,9 @@ class Link:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Give a process a moment to end by itself, then end it."""
-    for signal_it in (lambda: None, process.terminate, process.kill):
-        signal_it()
+    for end_it in (None, process.terminate, process.kill):
+        if end_it is not None:
+            end_it()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS / 2)
             return

@@ -9,7 +9,6 @@ import re
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -146,11 +145,15 @@ class Node:
     async def _check_identity_is_free(self, daemon: type[P2P], peers: tuple[str, ...]) -> None:
         """Ask the network, under a throw-away identity, whether somebody already answers to our key."""
         stranger = await daemon.create(
-            initial_peers=list(peers), dht_mode="client", no_listen=True, host_maddrs=None, startup_timeout=DAEMON_SECONDS
+            initial_peers=list(peers),
+            dht_mode="client",
+            no_listen=True,
+            host_maddrs=None,
+            startup_timeout=DAEMON_SECONDS,
         )
         try:
             await asyncio.wait_for(stranger._client.connect(PeerID.from_base58(self.peer), []), 5.0)
-        except (ControlFailure, asyncio.TimeoutError):
+        except (TimeoutError, ControlFailure):
             return
         finally:
             await stranger.shutdown()
@@ -219,8 +222,8 @@ def _explain_dht(error: Exception, peers: tuple[str, ...]) -> P2pasrError:
     if times is not None:
         off = float(times.group(1)) - float(times.group(2))
         return LocalError(
-            f"this machine's clock is {abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} the network's; at most 3 s "
-            f"are allowed: set it, for instance with 'timedatectl set-ntp true'"
+            f"this machine's clock is {abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} the network's; at most "
+            f"3 s are allowed: set it, for instance with 'timedatectl set-ntp true'"
         )
     if "can't access this node" in text:
         return LocalError("peers cannot connect to this machine: open its port in the router, or use --client-mode")

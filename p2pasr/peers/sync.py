@@ -28,9 +28,7 @@ def fetch_manifest(link: Link, store: BlobStore, run: bytes) -> RunManifest:
         Reject: the id names something that is no manifest.
     """
     if store.find(run) is None:
-        link.call(
-            "fetch", MANIFEST_SECONDS, digest=run, kind="manifest", max_bytes=MAX_MANIFEST_BYTES, peers=()
-        )
+        link.call("fetch", MANIFEST_SECONDS, digest=run, kind="manifest", max_bytes=MAX_MANIFEST_BYTES, peers=())
     return parse_manifest(store.get(run))
 
 

@@ -8,7 +8,6 @@ signature against the peer that its own body names. What a record *means* is che
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass
-from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Final, Generic, Literal, TypeVar
 
 from annotated_types import Ge, Le, Len, MaxLen
@@ -226,7 +225,8 @@ def read_fields(body: Any, expected: type[M]) -> M:
         Reject: a field is missing, unknown, of another type or out of bounds.
     """
     try:
-        return _adapter(expected).validate_python(body)  # type: ignore[no-any-return]
+        message: M = _ADAPTERS[expected].validate_python(body)
+        return message
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
@@ -242,6 +242,6 @@ def _as_map(value: Any) -> Any:
     return value
 
 
-@lru_cache
-def _adapter(message: type[Message]) -> TypeAdapter[Any]:
-    return TypeAdapter(message)
+_ADAPTERS: Final[dict[type, TypeAdapter[Any]]] = {
+    kind: TypeAdapter(kind) for kind in (Roster, Claim, Attestation, Receipt)
+}

@@ -111,7 +111,9 @@ def check_receipts(
         for part in receipt.parts:
             # P2 Each part is reduced by one peer, once.
             if part.index in seen:
-                raise Reject(f"part {part.index} is in the receipts of {short(seen[part.index])} and {short(receipt.peer)}")
+                raise Reject(
+                    f"part {part.index} is in the receipts of {short(seen[part.index])} and {short(receipt.peer)}"
+                )
             seen[part.index] = receipt.peer
             # P3 Senders are members, each once, in order.
             if list(part.senders) != sorted(set(part.senders)) or part.senders[-1] >= len(members):

@@ -38,7 +38,7 @@ class Signer(Protocol):
 
 def peer_id(public_key: bytes) -> str:
     """The libp2p peer ID (``12D3KooW…``) of a raw Ed25519 public key of 32 bytes."""
-    return base58.b58encode(_MULTIHASH_PREFIX + public_key).decode()
+    return str(base58.b58encode(_MULTIHASH_PREFIX + public_key), "ascii")
 
 
 @lru_cache(maxsize=4096)
@@ -49,7 +49,7 @@ def peer_id_bytes(peer: str) -> bytes:
         Reject: it is not the ID of an Ed25519 key.
     """
     try:
-        raw = base58.b58decode(peer)
+        raw = bytes(base58.b58decode(peer))
     except ValueError:
         raise Reject(f"{peer!r} is not a peer ID") from None
     if len(raw) != len(_MULTIHASH_PREFIX) + 32 or not raw.startswith(_MULTIHASH_PREFIX):
@@ -66,7 +66,7 @@ def peer_id_from_bytes(raw: bytes) -> str:
     """
     if len(raw) != len(_MULTIHASH_PREFIX) + 32 or not raw.startswith(_MULTIHASH_PREFIX):
         raise Reject("a peer ID is not that of an Ed25519 key")
-    return base58.b58encode(raw).decode()
+    return str(base58.b58encode(raw), "ascii")
 
 
 def sign(signer: Signer, kind: str, body: bytes) -> bytes:

@@ -27,7 +27,7 @@ METADATA_KEY: Final = "p2pasr"
 MAX_HEADER_BYTES: Final = 16 << 20
 """Longest header that is parsed; a shard of 10,000 clips needs a few kilobytes."""
 
-_TO_NAME: Final = {
+_TO_NAME: Final[dict[np.dtype[Any], str]] = {
     np.dtype(np.float32): "F32",
     np.dtype(np.float16): "F16",
     np.dtype(np.int64): "I64",
@@ -35,7 +35,7 @@ _TO_NAME: Final = {
     np.dtype(np.int8): "I8",
     np.dtype(np.uint8): "U8",
 }
-_FROM_NAME: Final = {name: dtype for dtype, name in _TO_NAME.items()}
+_FROM_NAME: Final[dict[str, np.dtype[Any]]] = {name: dtype for dtype, name in _TO_NAME.items()}
 
 
 def pack_tensors(tensors: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any]) -> bytes:
@@ -92,11 +92,11 @@ def unpack_tensors(data: bytes | memoryview) -> tuple[Tensors, dict[str, Any]]:
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """Map a file that :func:`pack_tensors` wrote; arrays are read from disk as they are touched."""
-    return unpack_tensors(memoryview(np.memmap(path, dtype=np.uint8, mode="r")))
+    return unpack_tensors(np.memmap(path, dtype=np.uint8, mode="r").data)
 
 
 def _arrays(header: dict[str, Any], body: memoryview) -> Tensors:
-    dtypes = {name: _FROM_NAME[entry["dtype"]] for name, entry in header.items()}
+    dtypes: dict[str, np.dtype[Any]] = {name: _FROM_NAME[entry["dtype"]] for name, entry in header.items()}
     tensors: Tensors = {}
     offset = 0
     for name in sorted(header, key=lambda name: (-dtypes[name].itemsize, name)):

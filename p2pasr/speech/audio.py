@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -138,7 +139,7 @@ def _decode_pyav(path: Path, max_seconds: float) -> tuple[Audio, int]:
     return np.concatenate(pieces).astype(np.float32, copy=False), rate
 
 
-def _require(module: str) -> object:
+def _require(module: str) -> Any:
     """Import an optional audio library, or say which extra brings it."""
     import importlib
 

@@ -250,9 +250,7 @@ def _source_key(source: Path, batch: tuple[Row, ...], features: Features) -> str
     return blob_digest(json.dumps([stamps, asdict(features)]).encode()).hex()
 
 
-def _keep_finished(
-    previous: ShardIndex, jobs: dict[str, tuple[Row, ...]], index: ShardIndex, out: Path
-) -> int:
+def _keep_finished(previous: ShardIndex, jobs: dict[str, tuple[Row, ...]], index: ShardIndex, out: Path) -> int:
     """Move what an earlier call finished into `index`; returns how many rows that covers."""
     entries = {shard.digest: shard for shard in previous.shards}
     rows = 0
@@ -274,9 +272,7 @@ class _Made:
     refused: list[Refusal]
 
 
-def _run(
-    todo: dict[str, tuple[Row, ...]], source: Path, out: Path, settings: Settings
-) -> Iterator[tuple[str, _Made]]:
+def _run(todo: dict[str, tuple[Row, ...]], source: Path, out: Path, settings: Settings) -> Iterator[tuple[str, _Made]]:
     salt = _salt(out)
     workers = min(len(os.sched_getaffinity(0)), len(todo))
     if len(todo) < POOL_FROM_JOBS or workers < 2:
@@ -295,9 +291,7 @@ def _run(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _make_shard(
-    batch: tuple[Row, ...], source: Path, out: Path, settings: Settings, salt: bytes
-) -> _Made:
+def _make_shard(batch: tuple[Row, ...], source: Path, out: Path, settings: Settings, salt: bytes) -> _Made:
     part = _frontend(settings.model, settings.revision, settings.window_seconds)
     features = Features(int(part.extractor.feature_size), part.window_seconds, part.vocabulary)
     clips: list[Clip] = []

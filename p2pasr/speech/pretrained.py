@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,6 +117,18 @@ def weights_digest(model: str, revision: str | None = None) -> str:
         except (HfHubHTTPError, OSError) as error:
             raise LocalError(f"the weights of {model!r} cannot be fetched ({error})") from error
     raise LocalError(f"the hub repository {model!r} holds no weights")
+
+
+def quiet_libraries() -> None:
+    """Keep the training libraries' progress bars and notices out of a command's output."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _file_digest(path: Path) -> str:

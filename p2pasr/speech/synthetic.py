@@ -136,7 +136,7 @@ def write_corpus(
     clips: int,
     people: int,
     seed: int = 0,
-    on_clip: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write a folder that `p2pasr data prepare` reads: `audio/*.wav` and `labels.json`.
 
@@ -145,7 +145,7 @@ def write_corpus(
         split: "train" or "test", which decides who speaks.
         clips, people: how many recordings by how many speakers, in turn.
         seed: what is said and how much noise lies under it.
-        on_clip: called with the number of clips written so far.
+        on_progress: called with (clips written, clips in all).
 
     Returns:
         The path of `labels.json`.
@@ -158,16 +158,14 @@ def write_corpus(
         name = f"audio/{dialect}-{split}-{index:05d}.wav"
         soundfile.write(out / name, samples, SYNTHESIS_RATE, subtype="PCM_16")
         rows.append({"audio": name, "text": text, "speaker": speaker.name, "dialect": dialect})
-        if on_clip is not None:
-            on_clip(index + 1)
+        if on_progress is not None:
+            on_progress(index + 1, clips)
     labels = out / "labels.json"
     labels.write_text(json.dumps(rows, ensure_ascii=False, indent=0), encoding="utf-8")
     return labels
 
 
-def utterances(
-    dialect: str, split: str, clips: int, people: int, seed: int
-) -> Iterator[tuple[str, Speaker, Audio]]:
+def utterances(dialect: str, split: str, clips: int, people: int, seed: int) -> Iterator[tuple[str, Speaker, Audio]]:
     """Draw transcripts and speak them, each over a little noise (25 to 45 dB below the speech)."""
     draw = random.Random(f"{seed} {dialect} {split}")
     noise = np.random.default_rng([seed, *dialect.encode(), *split.encode()])
@@ -195,9 +193,7 @@ def _espeak() -> Callable[[str, str, int, int, float], Audio]:
         raise LocalError(f"espeak-ng could not start (espeak_Initialize returned {rate})")
 
     pieces: list[np.ndarray] = []
-    callback_type = ctypes.CFUNCTYPE(
-        ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
-    )
+    callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
     def collect(samples: ctypes._Pointer[ctypes.c_short], count: int, _events: object) -> int:
         if count > 0:
@@ -208,7 +204,6 @@ def _espeak() -> Callable[[str, str, int, int, float], Audio]:
     lib.espeak_SetSynthCallback(callback)
 
     def speak(text: str, voice: str, pitch: int, words_per_minute: int, tract: float) -> Audio:
-        assert callback is not None  # keeps the C callback alive as long as this function
         pieces.clear()
         if lib.espeak_SetVoiceByName(voice.encode()) != 0:
             raise LocalError(f"espeak-ng has no voice {voice!r}")
@@ -219,8 +214,9 @@ def _espeak() -> Callable[[str, str, int, int, float], Audio]:
         lib.espeak_Synth(data, len(data) + 1, 0, 0, 0, _CHARS_UTF8, None, None)
         lib.espeak_Synchronize()
         spoken = np.concatenate(pieces) if pieces else np.zeros(0, np.int16)
-        return _warp(spoken.astype(np.float32) / 32_768, tract)
+        return _warp(np.divide(spoken, 32_768, dtype=np.float32), tract)
 
+    speak.callback = callback  # type: ignore[attr-defined]  # must live as long as the library calls it
     return speak
 
 
@@ -229,4 +225,5 @@ def _warp(samples: Audio, factor: float) -> Audio:
     if factor == 1.0 or not len(samples):
         return samples
     positions = np.arange(0, len(samples) - 1, factor)
-    return np.interp(positions, np.arange(len(samples)), samples).astype(np.float32)
+    warped: Audio = np.interp(positions, np.arange(len(samples)), samples).astype(np.float32)
+    return warped

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from p2pasr.errors import LocalError
 
@@ -83,11 +83,11 @@ def is_unspaced(text: str) -> bool:
 def _to_simplified(text: str) -> str:
     if text.isascii():
         return text
-    return _opencc().convert(text)  # type: ignore[no-any-return]
+    return str(_opencc().convert(text))
 
 
 @lru_cache(maxsize=1)
-def _opencc() -> object:
+def _opencc() -> Any:
     try:
         import opencc
     except ImportError as error:

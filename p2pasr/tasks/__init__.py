@@ -17,9 +17,7 @@ KINDS = ("lora",)
 """The `task.kind` values of a manifest."""
 
 
-def build(
-    kind: str, config: Mapping[str, Any], *, seed: int, device: str = "cpu", model: str | None = None
-) -> Task:
+def build(kind: str, config: Mapping[str, Any], *, seed: int, device: str = "cpu", model: str | None = None) -> Task:
     """Make the task that a manifest describes.
 
     Args:

@@ -46,7 +46,8 @@ def uniform(shape: tuple[int, ...], bound: float, key: bytes) -> npt.NDArray[np.
     count = int(np.prod(shape))
     raw = np.frombuffer(keyed_bytes(key, 4 * count), dtype="<u4") >> np.uint32(8)
     unit = raw.astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
-    return np.multiply(unit, np.float32(bound)).reshape(shape)
+    values: npt.NDArray[np.float32] = np.multiply(unit, np.float32(bound)).reshape(shape)
+    return values
 
 
 def hardware_class(device: torch.device, precision: str) -> str:

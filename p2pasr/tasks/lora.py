@@ -231,7 +231,7 @@ class LoraTask:
             batch = collate(piece, self.frames, self.frontend.config.pad_token_id).to(self.device)
             with self._autocast():
                 summed, _ = token_losses(self.model, batch)
-            (summed / tokens).backward()
+            torch.autograd.backward(summed / tokens)
             total += float(summed.detach())
         norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self.config.max_grad_norm)
         loss = total / tokens
@@ -249,7 +249,7 @@ class LoraTask:
     def _optimizer(self, start: Checkpoint) -> torch.optim.Optimizer:
         config = self.config
         betas = (config.beta1, config.beta2)
-        options = {"lr": config.learning_rate, "betas": betas, "weight_decay": config.weight_decay}
+        options: dict[str, Any] = {"lr": config.learning_rate, "betas": betas, "weight_decay": config.weight_decay}
         optimizer: torch.optim.Optimizer
         if config.optimizer == "adamw8bit":
             from bitsandbytes.optim import AdamW8bit
@@ -297,7 +297,8 @@ def _shorten(model: Any, frames: int) -> None:
     positions = frames // 2
     encoder = model.model.encoder
     if positions < model.config.max_source_positions:
-        embedding = torch.nn.Embedding.from_pretrained(encoder.embed_positions.weight[:positions].clone(), freeze=True)
+        kept = encoder.embed_positions.weight[:positions].detach().clone()
+        embedding = torch.nn.Embedding(kept.shape[0], kept.shape[1], _weight=kept, _freeze=True)
         encoder.embed_positions = embedding
         model.config.max_source_positions = encoder.max_source_positions = positions
 

@@ -72,9 +72,7 @@ def token_losses(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, int]:
     dialect's adapter from drifting to another language's token.
     """
     logits = model(input_features=batch.features, decoder_input_ids=batch.decoder_input_ids).logits
-    total = cross_entropy(
-        logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    total = cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total, int((batch.labels != IGNORED).sum())
 
 
@@ -120,9 +118,7 @@ def transcribe(
     return [results[index] for index in range(len(clips))]
 
 
-def greedy(
-    model: WhisperForConditionalGeneration, features: Tensor, prefix: Sequence[int]
-) -> list[list[int]]:
+def greedy(model: WhisperForConditionalGeneration, features: Tensor, prefix: Sequence[int]) -> list[list[int]]:
     """Most likely next token, one at a time, until ``<|endoftext|>`` or the model's longest text.
 
     Args:
