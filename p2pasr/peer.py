@@ -149,7 +149,7 @@ class Peer:
         link.joined()
         if manifest is None:
             report.wait(f"fetching the manifest of run {run.hex()[:16]} from peers")
-            manifest = fetch_manifest(link, store, run)
+            manifest = fetch_manifest(link, store, run, options.join_seconds, report.wait)
         task = task or build_task(manifest, device, options.model)
         state = initial_state(manifest, task)
         like = state.params

@@ -113,16 +113,17 @@ class Process:
         return str(self.events[-1]["message"]) if self.events else "it said nothing"
 
     def _read(self) -> None:
-        for line in self.popen.stdout or ():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            with self._changed:
-                self.events.append(event)
-                self._changed.notify_all()
-            if self.on_event is not None:
-                self.on_event(self, event)
+        with self.popen:  # closes the pipe at its end
+            for line in self.popen.stdout or ():
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    continue
+                with self._changed:
+                    self.events.append(event)
+                    self._changed.notify_all()
+                if self.on_event is not None:
+                    self.on_event(self, event)
 
 
 class Fleet:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -34,6 +35,10 @@ LINGER_SECONDS: Final = 10.0
 """How long a handler that is done waits for the caller to close."""
 
 OPEN_SECONDS: Final = 10.0
+_DIAL_FAILURES: Final = re.compile(
+    r"connection refused|no route to host|i/o timeout|dial backoff|no addresses|protocols? not supported"
+)
+
 MAX_INCOMING: Final = 128
 """Incoming streams that are served at once; more are refused."""
 
@@ -153,7 +158,7 @@ class Host:
                     PeerID.from_base58(peer), self.protocol_name(name)
                 )
         except (TimeoutError, OSError, P2PDaemonError, P2PHandlerError, ControlFailure) as error:
-            raise TransportError(f"…{peer[-6:]} cannot be reached ({error or 'no answer'})") from error
+            raise TransportError(f"…{peer[-6:]} cannot be reached ({_reason(error)})") from error
         stream = Stream(peer, reader, writer, self.pacer, timeout)
         try:
             yield stream
@@ -237,3 +242,10 @@ async def _serve_calls(host: Host, reader: asyncio.StreamReader) -> None:
     finally:
         for task in (listening, daemon, *tasks.values()):
             task.cancel()
+
+
+def _reason(error: BaseException) -> str:
+    """libp2p's report of a failed dial, over several lines and addresses, in a few words."""
+    text = " ".join(str(error).split())
+    known = _DIAL_FAILURES.search(text)
+    return known.group(0) if known is not None else text[:160] or "no answer"

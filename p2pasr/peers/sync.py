@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 
 from p2pasr.errors import Reject, TransportError
 from p2pasr.peers.blobs import BlobStore
@@ -15,20 +16,34 @@ from p2pasr.protocol.state import State, max_state_bytes, parse_state
 from p2pasr.protocol.tensors import Tensors
 
 MANIFEST_SECONDS = 120.0
+POLL_SECONDS = 1.0
 MIN_STATE_SECONDS = 120.0
 SLOWEST_BYTES_PER_SECOND = 64 * 1024
 """Below this a download is given up: 0.5 Mbit/s."""
 
 
-def fetch_manifest(link: Link, store: BlobStore, run: bytes) -> RunManifest:
+def fetch_manifest(
+    link: Link, store: BlobStore, run: bytes, seconds: float, on_wait: Callable[[str], None]
+) -> RunManifest:
     """Get a run's manifest by its id, from this disk or from any peer.
+
+    Args:
+        seconds: how long to keep asking; a run's first peer may start a little later than others.
+        on_wait: told, in one sentence, each time that nobody gave it.
 
     Raises:
         TransportError: nobody gives it.
         Reject: the id names something that is no manifest.
     """
-    if store.find(run) is None:
-        link.call("fetch", MANIFEST_SECONDS, digest=run, kind="manifest", max_bytes=MAX_MANIFEST_BYTES, peers=())
+    deadline = time.monotonic() + seconds
+    while store.find(run) is None:
+        try:
+            link.call("fetch", MANIFEST_SECONDS, digest=run, kind="manifest", max_bytes=MAX_MANIFEST_BYTES, peers=())
+        except TransportError as error:
+            if time.monotonic() > deadline:
+                raise
+            on_wait(f"{error}; asking again")
+            time.sleep(POLL_SECONDS)
     return parse_manifest(store.get(run))
 
 

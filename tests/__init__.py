@@ -1,0 +1,1 @@
+"""Tests that prove what the README says."""
