@@ -22,6 +22,24 @@ def _averaging(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return [asdict(row) for peers in arguments.peers for row in measure(peers, arguments.codecs, arguments.rounds)]
 
 
+def _training(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from benchmarks.training import measure
+
+    return [asdict(row) for row in measure(arguments.steps, arguments.batch, arguments.turns)]
+
+
+def _swarm(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from benchmarks.swarm import measure
+
+    return [asdict(row) for row in measure(arguments.peers, arguments.rounds)]
+
+
+def _convergence(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from benchmarks.convergence import measure
+
+    return [asdict(row) for row in measure(arguments.seeds)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -32,6 +50,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     averaging.add_argument("--codecs", nargs="+", default=["float16", "int8"])
     averaging.add_argument("--rounds", type=int, default=10)
     averaging.set_defaults(run=_averaging, title="averaging 1,769,472 values on loopback, a round")
+
+    training = kinds.add_parser("training", help="a LoRA step and features, beside transformers' own")
+    training.add_argument("--steps", type=int, default=40)
+    training.add_argument("--batch", type=int, default=16)
+    training.add_argument("--turns", type=int, default=5)
+    training.set_defaults(run=_training, title="training, beside transformers in the same run")
+
+    swarm = kinds.add_parser("swarm", help="time to the first step, share of time training, bytes a round")
+    swarm.add_argument("--peers", type=int, nargs="+", default=[1, 2, 4])
+    swarm.add_argument("--rounds", type=int, default=4)
+    swarm.set_defaults(run=_swarm, title="the demo's run by real peers that share this machine")
+
+    convergence = kinds.add_parser("convergence", help="the same work by three peers and by one (about 12 minutes)")
+    convergence.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    convergence.set_defaults(run=_convergence, title="CER on held-out speakers")
 
     for kind in kinds.choices.values():
         kind.add_argument("--json", action="store_true", help="print JSON instead of a table")

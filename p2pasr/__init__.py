@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from p2pasr.errors import LocalError, P2pasrError, RemoteError, TransportError
     from p2pasr.peer import Peer, PeerOptions
     from p2pasr.protocol.manifest import RunConfig, RunManifest, read_config, read_manifest
+    from p2pasr.protocol.state import State
     from p2pasr.runs import evaluate, export, new_run
     from p2pasr.speech.prepare import Settings, prepare
-    from p2pasr.tasks import Task
+    from p2pasr.tasks import Checkpoint, SegmentPlan, SegmentReport, Task
 
 _HOMES = {
     "LocalError": "p2pasr.errors",
@@ -35,10 +36,15 @@ _HOMES = {
     "new_run": "p2pasr.runs",
     "Settings": "p2pasr.speech.prepare",
     "prepare": "p2pasr.speech.prepare",
+    "Checkpoint": "p2pasr.tasks",
+    "SegmentPlan": "p2pasr.tasks",
+    "SegmentReport": "p2pasr.tasks",
+    "State": "p2pasr.protocol.state",
     "Task": "p2pasr.tasks",
 }
 
 __all__ = [
+    "Checkpoint",
     "LocalError",
     "P2pasrError",
     "Peer",
@@ -46,7 +52,10 @@ __all__ = [
     "RemoteError",
     "RunConfig",
     "RunManifest",
+    "SegmentPlan",
+    "SegmentReport",
     "Settings",
+    "State",
     "Task",
     "TransportError",
     "evaluate",

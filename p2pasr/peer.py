@@ -26,12 +26,13 @@ from p2pasr.peers.link import Link
 from p2pasr.peers.records import Records
 from p2pasr.peers.sync import fetch_manifest
 from p2pasr.protocol.manifest import RunManifest, read_manifest
-from p2pasr.protocol.state import parse_state
+from p2pasr.protocol.state import State, parse_state
 from p2pasr.report import Report
 from p2pasr.round import Member, hold, provide, run_round
 from p2pasr.runs import build_task, default_home, initial_state, parse_run_id, run_folder
 from p2pasr.speech.prepare import read_index
 from p2pasr.speech.pretrained import quiet_libraries
+from p2pasr.tasks import Task
 
 LINK_SECONDS: Final = 120.0
 """How long a peer waits for its network process to come back before it says so again."""
@@ -86,14 +87,21 @@ class Peer:
         run: a manifest file, a run id (64 hex digits), or a manifest.
         options: see :class:`PeerOptions`.
         report: where events go; text on standard output if None.
+        task: a task of your own; built from the manifest if None.
     """
 
     def __init__(
-        self, run: str | Path | RunManifest, options: PeerOptions | None = None, report: Report | None = None
+        self,
+        run: str | Path | RunManifest,
+        options: PeerOptions | None = None,
+        report: Report | None = None,
+        *,
+        task: Task | None = None,
     ) -> None:
         self.options = options or PeerOptions()
         self.report = report or Report()
         self._run = run
+        self._task = task
         self._cleanup = contextlib.ExitStack()
         self.member: Member
 
@@ -144,13 +152,13 @@ class Peer:
         link = Link(config, self._on_link_event, folder)
         self._cleanup.callback(link.stop)
         link.start()
-        device = _device(options)  # loads torch while the network process joins
-        task = build_task(manifest, device, options.model) if manifest is not None else None
+        if manifest is not None:  # loads torch while the network process joins
+            self._task = self._task or build_task(manifest, _device(options), options.model)
         link.joined()
         if manifest is None:
             report.wait(f"fetching the manifest of run {run.hex()[:16]} from peers")
             manifest = fetch_manifest(link, store, run, options.join_seconds, report.wait)
-        task = task or build_task(manifest, device, options.model)
+        task = self._task or build_task(manifest, _device(options), options.model)
         state = initial_state(manifest, task)
         like = state.params
         head = journal.head()
@@ -188,6 +196,21 @@ class Peer:
                 f"others join with: python -m p2pasr.peer --run {run.hex()} --initial-peers {maddr}",
                 maddr=maddr,
             )
+
+    @property
+    def manifest(self) -> RunManifest:
+        """The run's manifest, also where it came from peers."""
+        return self.member.manifest
+
+    @property
+    def task(self) -> Task:
+        """What this peer trains."""
+        return self.member.task
+
+    @property
+    def state(self) -> State:
+        """The state that this peer holds: after :meth:`rounds` yields, that of the round just committed."""
+        return self.member.state
 
     def rounds(self) -> Iterator[int]:
         """Take part in rounds, yielding the number of each that was committed, until the run or our share ends.

@@ -28,12 +28,15 @@ def run_folder(home: Path, run: bytes) -> Path:
     return home / "runs" / run.hex()[:16]
 
 
-def new_run(config: RunConfig, shards: Path, model: str | None = None) -> RunManifest:
+def new_run(
+    config: RunConfig, shards: Path, model: str | None = None, *, task: tasks.Task | None = None
+) -> RunManifest:
     """Make the manifest of a run: its configuration, its shards and its initial state.
 
     Args:
         shards: a folder that :func:`p2pasr.prepare` filled; every shard is checked against its name.
         model: a local folder of the base model, if it lies elsewhere than the configuration says.
+        task: a task of your own; `config.task` then only has to name it.
 
     Raises:
         LocalError: a shard is missing or corrupt, or the task cannot be built.
@@ -41,11 +44,12 @@ def new_run(config: RunConfig, shards: Path, model: str | None = None) -> RunMan
     index = read_index(shards)
     for shard in index.shards:
         check_digest(shards / shard.file, shard.digest)
-    pinned = tasks.pin(config.task.kind, config.task.config, model)
-    task = tasks.build(config.task.kind, pinned, seed=config.seed, model=model)
-    params = task.initial_params()
     content = config.model_dump()
-    content["task"]["config"] = pinned
+    if task is None:
+        pinned = tasks.pin(config.task.kind, config.task.config, model)
+        task = tasks.build(config.task.kind, pinned, seed=config.seed, model=model)
+        content["task"]["config"] = pinned
+    params = task.initial_params()
     return RunManifest.model_validate(
         {
             **content,

@@ -32,6 +32,7 @@ class Process:
 
     Attributes:
         events: everything it has reported so far, oldest first.
+        started: when it was started, seconds since 1970.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Process:
     log: Path
     on_event: Callable[[Process, Event], None] | None = None
     events: list[Event] = field(default_factory=list)
+    started: float = field(default_factory=time.time)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from p2pasr import runs
 from p2pasr.demo.fleet import Event, Process, fleet_of
 from p2pasr.errors import LocalError, TransportError
 from p2pasr.peer import interrupt_on_terminate
-from p2pasr.protocol.manifest import RunManifest, read_config
+from p2pasr.protocol.manifest import RunConfig, RunManifest, read_config
 from p2pasr.report import error_rate_table, progress_bar
 from p2pasr.speech.prepare import Settings, prepare
 from p2pasr.speech.synthetic import write_corpus
@@ -109,12 +109,25 @@ def _empty(out: Path) -> None:
 
 
 def _make_run(out: Path, peers: int, rounds: int | None) -> RunManifest:
+    config = demo_config(peers, rounds)
+    prepare_speech(out)
+    manifest = runs.new_run(config, out / "shards")
+    manifest.write(out / "run.json")
+    return manifest
+
+
+def demo_config(peers: int, rounds: int | None = None, seed: int = 0) -> RunConfig:
+    """The demo's run, for so many peers and rounds."""
     config = read_config(CONFIG)
     section = config.rounds.model_copy(
         update={"min_peers": min(peers, config.rounds.min_peers), "rounds": rounds or config.rounds.rounds}
     )
-    config = config.model_copy(update={"rounds": section})
-    model = str(config.task.config["model"])
+    return config.model_copy(update={"rounds": section, "seed": seed})
+
+
+def prepare_speech(out: Path, seed: int = 0) -> None:
+    """Speak the demo's Cantonese and make shards of it: `out/shards` to train on, `out/held-out` to test with."""
+    model = str(read_config(CONFIG).task.config["model"])
     for name, split, clips, people in (
         ("shards", "train", TRAIN_CLIPS, TRAIN_PEOPLE),
         ("held-out", "test", TEST_CLIPS, TEST_PEOPLE),
@@ -122,18 +135,10 @@ def _make_run(out: Path, peers: int, rounds: int | None) -> RunManifest:
         corpus = out / "corpus" / split
         with progress_bar(f"speaking {clips} Cantonese clips ({split})") as on_progress:
             write_corpus(
-                corpus,
-                dialect="yue",
-                split=split,
-                clips=clips,
-                people=people,
-                on_progress=on_progress,
+                corpus, dialect="yue", split=split, clips=clips, people=people, seed=seed, on_progress=on_progress
             )
         with progress_bar(f"preparing shards ({split})") as on_progress:
             prepare(corpus, out / name, Settings(model, dialect="yue"), on_progress)
-    manifest = runs.new_run(config, out / "shards")
-    manifest.write(out / "run.json")
-    return manifest
 
 
 def _train(out: Path, manifest: RunManifest, peers: int, console: Console) -> tuple[Board, list[Process]]:
