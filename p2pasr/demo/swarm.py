@@ -85,7 +85,8 @@ def run_demo(out: Path, peers: int, rounds: int | None) -> int:
     console.print(
         "[bold]p2pasr demo[/bold]: a bootstrap node and "
         f"{peers} training peers, each its own process, adapt a small Whisper from Mandarin to Cantonese.\n"
-        "The speech is synthetic (espeak-ng): it shows that the machinery works, not how well it recognises people."
+        "The speech is synthetic (espeak-ng): it shows that the machinery works, not how well it recognises people.",
+        soft_wrap=False,
     )
     manifest = _make_run(out, peers, rounds)
     console.print(f"run {manifest.run_id.hex()[:16]}: {manifest.rounds.rounds} rounds, {len(manifest.shards)} shards")
@@ -201,9 +202,7 @@ def _draw(curve: list[tuple[int, float]], path: Path) -> None:
     errors = [100 * cer for _, cer in curve]
     axes.plot(rounds, errors, marker="o", color="#1f6f8b")
     for number, error in zip(rounds, errors, strict=True):
-        axes.annotate(
-            f"{error:.1f}", (number, error), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8
-        )
+        axes.annotate(f"{error:.1f}", (number, error), textcoords="offset points", xytext=(6, 6), fontsize=8)
     axes.set(
         xlabel="rounds averaged",
         ylabel="character error rate, %",

@@ -13,10 +13,11 @@ from p2pasr.protocol.manifest import RunConfig
 from p2pasr.tasks.lora import LoraTaskConfig
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```\n", README, re.DOTALL)
 
 
 def test_the_library_example_runs_and_is_short(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (example,) = [text for language, text in BLOCKS if language == "python"]
     assert len([line for line in example.splitlines() if line.strip()]) <= 30
     done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -25,7 +26,7 @@ def test_the_library_example_runs_and_is_short(tmp_path: Path) -> None:
 
 
 def test_the_run_configuration_is_valid() -> None:
-    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (text,) = [text for language, text in BLOCKS if language == "yaml"]
     config = RunConfig.model_validate(yaml.safe_load(text.replace("1e-3", "0.001")))
     LoraTaskConfig.model_validate(config.task.config)
 
@@ -38,7 +39,7 @@ def test_every_option_that_the_commands_are_shown_with_exists() -> None:
         "p2pasr eval": _help("p2pasr", "eval"),
         "p2pasr export": _help("p2pasr", "export"),
     }
-    shown = [line for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+    shown = [line for language, text in BLOCKS if not language for line in text.splitlines()]
     checked = 0
     for line in shown:
         for command, text in helped.items():
