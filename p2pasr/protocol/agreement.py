@@ -1,15 +1,17 @@
 """Which state holds: a pure function of the attestations that are seen. It says why, every time.
 
-An attestation for a state also speaks for the states it descends from, as far as parent links are
-seen. A state *holds* when more than half of the peers that attest anything now speak for it; among
-the states that hold, the one of the latest round does. A single peer that claims round 10⁹
-convinces nobody.
+An attestation for a state says: I computed it. It also speaks for the states it descends from, as
+far as parent links are seen. A state *holds* when more than half of the peers that attest anything
+now speak for it; among the states that hold, the one of the latest round does. A single peer that
+claims round 10⁹ convinces nobody.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 
 from p2pasr.protocol.messages import Attestation
 
@@ -40,14 +42,14 @@ def agree(attestations: Iterable[Attestation]) -> Agreement:
     latest = {attestation.peer: attestation for attestation in attestations}
     if not latest:
         return Agreement(None, None, (), "nobody attests a state yet")
-    candidates = {(a.round, a.state): a for a in latest.values()}
+    candidates = {(a.round, a.state) for a in latest.values()}
     support = {key: _supporters(key, latest.values()) for key in candidates}
     majority = [key for key in candidates if 2 * len(support[key]) > len(latest)]
     if majority:
         chosen = max(majority, key=lambda key: (key[0], len(support[key])))
         verb = "agree on"
     else:
-        work = {key: a.work for key, a in candidates.items()}
+        work = {key: _stated_work(key, latest.values()) for key in candidates}
         chosen = min(candidates, key=lambda key: (-len(support[key]), -work[key], -key[0], key[1]))
         verb = "are the most for"
     round_number, state = chosen
@@ -78,14 +80,26 @@ def quorum(state: bytes, attestations: Iterable[Attestation], electorate: Collec
 def _supporters(key: tuple[int, bytes], attestations: Iterable[Attestation]) -> set[str]:
     """Peers that attest this state or a descendant of it, following the parents that are seen."""
     attestations = list(attestations)
+    parents = _parents(attestations)
     spoken_for = {key}
     grown = True
     while grown:
-        children = {
-            (a.round, a.state)
-            for a in attestations
-            if (a.round - 1, a.parent) in spoken_for and (a.round, a.state) not in spoken_for
-        }
+        children = {child for child, parent in parents.items() if parent in spoken_for} - spoken_for
         grown = bool(children)
         spoken_for |= children
     return {a.peer for a in attestations if (a.round, a.state) in spoken_for}
+
+
+def _parents(attestations: Sequence[Attestation]) -> dict[tuple[int, bytes], tuple[int, bytes]]:
+    """State → its parent, as most of those who attest it say; a state's bytes leave honest peers no choice."""
+    stated: dict[tuple[int, bytes], Counter[bytes]] = {}
+    for a in attestations:
+        stated.setdefault((a.round, a.state), Counter())[a.parent] += 1
+    return {
+        key: (key[0] - 1, min(counts, key=lambda parent: (-counts[parent], parent))) for key, counts in stated.items()
+    }
+
+
+def _stated_work(key: tuple[int, bytes], attestations: Iterable[Attestation]) -> float:
+    """The work in a state: the median of what those who attest it say."""
+    return median_low([a.work for a in attestations if (a.round, a.state) == key])
