@@ -227,7 +227,7 @@ class Peer:
                 failures = 0
             except LinkDown as error:
                 self.report.wait(str(error))
-                with contextlib.suppress(LinkDown):
+                with contextlib.suppress(TransportError):
                     member.link.wait_up(LINK_SECONDS)
                 continue
             except (TransportError, RemoteError) as error:

@@ -18,7 +18,7 @@ from p2pasr import __version__
 from p2pasr.averaging import outer
 from p2pasr.averaging.codec import Layout, flatten, unflatten
 from p2pasr.averaging.merkle import Tree, part_digests
-from p2pasr.errors import LocalError, NonFiniteStep, RoundFailed, TransportError
+from p2pasr.errors import LocalError, NonFiniteStep, RemoteError, RoundFailed, TransportError
 from p2pasr.peers import sync as syncing
 from p2pasr.peers.blobs import BlobStore, file_digest
 from p2pasr.peers.identity import Identity
@@ -182,7 +182,7 @@ def run_round(member: Member) -> bool:
             merged = average(member, work, expected)
             after = apply(member, merged)
             attestations = attest(member, after, merged, expected)
-        except TransportError as error:
+        except (TransportError, RemoteError) as error:
             reasons.append(str(error))
             member.report.warn(f"round {member.state.round} is not averaged yet: {error}")
             if overtaken(member):

@@ -364,6 +364,9 @@ async def _receive_parts(stream: Stream, session: Session, position: int, digest
         data = await stream.receive_frame(size, SENDER_SECONDS)
         if len(data) != size or blob_digest(data) != digests[index]:
             raise Reject(f"part {index} of {short(stream.peer)} is not the one it committed to")
+        await asyncio.get_running_loop().run_in_executor(
+            None, session.layout.codec.decode, data, session.layout.part_size(index)
+        )  # refused here, it costs its sender its place; in the reduction it would cost everybody the part
         session.reducer.submit(position, index, data)
 
 

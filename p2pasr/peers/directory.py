@@ -68,6 +68,7 @@ class OwnerValidator(RecordValidatorBase):  # type: ignore[misc]
             raise Reject("a directory record expires too late or long ago")
         value, signature = record.value[:-SIGNATURE_BYTES], record.value[-SIGNATURE_BYTES:]
         verify(_owner(record), SIGNED_KIND, _signed_body(record, value), signature)
+        _check_readable(value)
 
 
 class Directory:
@@ -133,7 +134,17 @@ def _owner(record: DHTRecord) -> str:
         raise Reject("a directory record has an unreadable sub-key") from error
     if not isinstance(subkey, bytes):
         raise Reject("a directory record has no owner")
+    if MSGPackSerializer.dumps(subkey) != record.subkey:
+        raise Reject("a directory record's sub-key is not in its shortest form")
     return peer_id_from_bytes(subkey)
+
+
+def _check_readable(value: bytes) -> None:
+    """hivemind reads values without a guard: one that cannot be read would hang every lookup of its key."""
+    try:
+        MSGPackSerializer.loads(value)
+    except Exception as error:
+        raise Reject("a directory record has an unreadable value") from error
 
 
 def _signed_body(record: DHTRecord, value: bytes) -> bytes:

@@ -66,6 +66,7 @@ class Link:
         self._announcements: dict[str, dict[str, Any]] = {}
         self._failure: P2pasrError | None = None
         self._thread = threading.Thread(target=self._supervise, name="link", daemon=True)
+        self._joined = False
         self.maddrs: tuple[str, ...] = ()
         self.restarts = 0
 
@@ -156,7 +157,7 @@ class Link:
             was_up = self._live()
             if self._stopping.is_set() or (not was_up and isinstance(self._failure, LocalError)):
                 return
-            if self.maddrs == () and self._failure is not None:  # never joined: start() reports it
+            if not self._joined and self._failure is not None:  # joined() reports it
                 return
             if was_up:
                 delays = itertools.chain(BACKOFF_SECONDS, itertools.repeat(BACKOFF_SECONDS[-1]))
@@ -220,6 +221,7 @@ class Link:
             return False
         if message["event"] == "ready":
             self.maddrs = tuple(message["maddrs"])
+            self._joined = True
             for args in list(self._announcements.values()):
                 self._send(attempt, {"id": next(self._ids), "call": "announce", "args": args})
             self._up.set()
