@@ -1,0 +1,135 @@
+"""A little synthetic Cantonese, made once, and a model small enough to train in a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # before huggingface_hub reads them
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from p2pasr import tasks
+from p2pasr.protocol.manifest import RunConfig, RunManifest
+from p2pasr.runs import new_run, shard_paths
+from p2pasr.speech.audio import SAMPLE_RATE, Audio
+from p2pasr.speech.prepare import Settings, prepare
+from p2pasr.speech.pretrained import BUNDLED, Frontend, frontend
+from p2pasr.tasks import Checkpoint, SegmentPlan
+
+torch.set_num_threads(1)
+
+MODEL = "p2pasr/demo-base"
+
+LORA: dict[str, Any] = {"model": MODEL, "rank": 4, "warmup_steps": 0}
+"""The smallest task configuration that learns."""
+
+SPEAK = """
+import pathlib, sys
+from p2pasr.speech.synthetic import write_corpus
+write_corpus(pathlib.Path(sys.argv[1]), dialect="yue", split="train", clips=24, people=4)
+"""
+
+
+def tone(seconds: float, rate: int = SAMPLE_RATE, hertz: float = 440.0, peak: float = 0.3) -> Audio:
+    """A steady note: a recording whose content survives any format."""
+    times = np.arange(round(seconds * rate)) / rate
+    return (peak * np.sin(2 * np.pi * hertz * times)).astype(np.float32)
+
+
+def recordings(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write `labels.json`, and for each row whose file is not there yet a note of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, row in enumerate(rows):
+        path = folder / row["audio"]
+        if not path.exists() and not row["audio"].startswith("missing"):
+            soundfile.write(path, tone(0.6, hertz=200.0 + 10 * number), SAMPLE_RATE)
+    (folder / "labels.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
+def plan(*, steps: int = 2, samples: int = 4, seed: int = 0, first: int = 0, total: int = 100) -> SegmentPlan:
+    """A short segment."""
+    return SegmentPlan(bytes([seed]) * 32, steps, samples, first, total)
+
+
+def start_of(task: tasks.Task) -> Checkpoint:
+    """Where the first round of a run starts."""
+    return Checkpoint(task.initial_params())
+
+
+@pytest.fixture(scope="session")
+def base() -> Frontend:
+    """What stands before and after the demo's model."""
+    return frontend(MODEL)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty-four recordings by four speakers, with `labels.json`."""
+    folder = tmp_path_factory.mktemp("corpus")
+    # In a process of its own, since what espeak-ng has said before changes what it says.
+    subprocess.run([sys.executable, "-c", SPEAK, folder], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus as three shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    prepare(corpus, folder, Settings(MODEL, dialect="yue", clips_per_shard=8))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shard_files(shards: Path) -> Sequence[Path]:
+    """The files of the three shards, in their order."""
+    return shard_paths(shards)
+
+
+@pytest.fixture(scope="session")
+def steady_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model with the dropout of its own layers off, so that a step is a sum over its examples."""
+    folder = tmp_path_factory.mktemp("models") / "steady"
+    shutil.copytree(BUNDLED[MODEL], folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "dropout": 0.0}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_task(steady_base: Path) -> Callable[..., tasks.Task]:
+    """Build a task; keyword arguments change its configuration. `steady=True` turns all dropout off."""
+
+    def make(*, seed: int = 1, steady: bool = False, **config: Any) -> tasks.Task:
+        quiet = {"model": str(steady_base), "dropout": 0.0} if steady else {}
+        return tasks.build("lora", {**LORA, **quiet, **config}, seed=seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def task(make_task: Callable[..., tasks.Task]) -> tasks.Task:
+    """A LoRA task of the smallest kind."""
+    return make_task()
+
+
+@pytest.fixture(scope="session")
+def manifest(shards: Path) -> RunManifest:
+    """A run on the corpus."""
+    return new_run(run_config(), shards)
+
+
+def run_config(**changes: Any) -> RunConfig:
+    """The configuration of a quick run."""
+    sections = {"name": "quick", "task": {"kind": "lora", "config": LORA}, "rounds": {"rounds": 3}}
+    return RunConfig.model_validate({**sections, **changes})

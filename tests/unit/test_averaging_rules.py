@@ -1,0 +1,144 @@
+"""How claims are weighed and parts are averaged: by what anyone can compute, with the same bits everywhere."""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2pasr.averaging.rules import weighted_mean, weights
+from p2pasr.protocol.manifest import RunManifest
+from p2pasr.protocol.messages import Claim, message_digest
+from p2pasr.protocol.state import shard_seconds
+
+from .builders import make_claim, make_identity, make_manifest, make_state, random_delta
+
+MANIFEST = make_manifest()
+STATE = make_state(MANIFEST)
+SECONDS = shard_seconds(MANIFEST)
+FIRST = make_manifest(data={"duplicates": "first"})
+
+
+def claim_of(number: int, *shards: int, manifest: RunManifest = MANIFEST, **changes: Any) -> Claim:
+    """A claim that names shards by their place in the manifest."""
+    named = tuple(bytes.fromhex(manifest.shards[shard].digest) for shard in shards)
+    return make_claim(make_identity(number), manifest, STATE, **({"shards": named} if shards else {}), **changes)
+
+
+def test_a_claim_weighs_the_seconds_of_its_shards_scaled_by_its_segments() -> None:
+    claims = [claim_of(1, 0, 1, segments=4), claim_of(2, 2, 3, segments=2), claim_of(3, 5, segments=1)]
+    assert weights(claims, MANIFEST) == pytest.approx((60 + 61, (62 + 63) / 2, 65 / 4))
+
+
+def test_what_a_peer_says_about_itself_does_not_enter_its_weight() -> None:
+    honest = claim_of(1, 0, 1)
+    boasting = claim_of(1, 0, 1, steps=1 << 24, samples=1 << 40, delta_norm=1e15, loss_after=-1e9, hardware="best")
+    other = claim_of(2, 2, 3)
+    assert weights([honest, other], MANIFEST) == weights([boasting, other], MANIFEST)
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=9), st.floats(1, 8))
+def test_no_weight_exceeds_the_cap_and_smaller_ones_are_untouched(segments: list[int], cap: float) -> None:
+    manifest = make_manifest(averaging={"weight_cap": cap})
+    claims = [claim_of(n + 1, n % 6, segments=count) for n, count in enumerate(segments)]
+    raw = [SECONDS[claim.shards[0].hex()] * claim.segments / 4 for claim in claims]
+    limit = cap * median(raw)
+    assert weights(claims, manifest) == pytest.approx([min(weight, limit) for weight in raw])
+    assert max(weights(claims, manifest)) <= limit
+
+
+def test_the_cap_binds() -> None:
+    manifest = make_manifest(averaging={"weight_cap": 1.5})
+    claims = [claim_of(1, 0, segments=1), claim_of(2, 0, segments=1), claim_of(3, 0, 1, 2, 3, 4, 5, segments=4)]
+    assert weights(claims, manifest) == pytest.approx((15, 15, 22.5))
+
+
+@given(st.permutations(range(5)))
+def test_a_weight_belongs_to_the_claim_and_not_to_its_place(order: list[int]) -> None:
+    claims = [claim_of(number + 1, segments=1 + number % 4) for number in range(5)]
+    for manifest in (MANIFEST, FIRST):
+        straight = weights(claims, manifest)
+        assert weights([claims[n] for n in order], manifest) == tuple(straight[n] for n in order)
+
+
+def test_duplicates_count_for_everybody_under_average() -> None:
+    claims = [claim_of(1, 0, 1, segments=4), claim_of(2, 0, 1, segments=4)]
+    assert weights(claims, MANIFEST) == (121.0, 121.0)
+
+
+def test_duplicates_count_for_the_claim_of_the_lowest_digest_under_first() -> None:
+    claims = [claim_of(number, 0, 1, segments=4) for number in range(1, 5)]
+    lowest = min(range(4), key=lambda n: message_digest(claims[n]))
+    manifest = make_manifest(data={"duplicates": "first"}, averaging={"weight_cap": 1e9})
+    assert weights(claims, manifest) == tuple(121.0 if n == lowest else 0.0 for n in range(4))
+
+
+def test_a_claim_that_shares_some_shards_keeps_the_others_under_first() -> None:
+    one, two = claim_of(1, 0, 1, segments=4), claim_of(2, 1, 2, segments=4)
+    first, second = weights([one, two], FIRST)
+    shared_goes_to_one = message_digest(one) < message_digest(two)
+    assert (first, second) == ((121.0, 62.0) if shared_goes_to_one else (60.0, 123.0))
+
+
+def test_the_weights_under_first_add_up_to_the_audio_without_duplicates() -> None:
+    claims = [claim_of(number, segments=4) for number in range(1, 9)]
+    distinct = {shard.hex() for claim in claims for shard in claim.shards}
+    manifest = make_manifest(data={"duplicates": "first"}, averaging={"weight_cap": 1e9})
+    assert sum(weights(claims, manifest)) == pytest.approx(sum(SECONDS[shard] for shard in distinct))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_the_mean_is_that_of_numpy(count: int) -> None:
+    parts = {position: random_delta(position, 1000) for position in range(count)}
+    weighing = tuple(1.0 + position for position in range(count))
+    expected = np.average([parts[n].astype(np.float64) for n in range(count)], axis=0, weights=weighing)
+    mean = weighted_mean(parts, weighing)
+    assert mean.dtype == np.float32
+    np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-6)
+
+
+@given(st.permutations(range(5)))
+def test_the_order_of_arrival_does_not_change_a_bit(order: list[int]) -> None:
+    parts = {position: random_delta(position, 50) for position in range(5)}
+    weighing = (60.0, 61.5, 0.0, 1e-3, 200.0)
+    arrived = {position: parts[position] for position in order}
+    assert weighted_mean(arrived, weighing).tobytes() == weighted_mean(parts, weighing).tobytes()
+
+
+def test_only_the_included_senders_share_the_weight() -> None:
+    parts = {1: np.ones(4, np.float32), 3: np.full(4, 5, np.float32)}
+    np.testing.assert_allclose(weighted_mean(parts, (1e9, 1.0, 1e9, 3.0)), 4.0, rtol=1e-6)
+
+
+def test_senders_without_weight_count_alike_when_nobody_has_any() -> None:
+    parts = {0: np.ones(4, np.float32), 1: np.full(4, 5, np.float32)}
+    np.testing.assert_allclose(weighted_mean(parts, (0.0, 0.0, 7.0)), 3.0, rtol=1e-6)
+    np.testing.assert_allclose(weighted_mean({0: parts[0], 1: parts[1]}, (0.0, 2.0)), 5.0, rtol=1e-6)
+
+
+def test_one_sender_is_its_own_mean_bit_for_bit() -> None:
+    part = random_delta(1, 100)
+    assert weighted_mean({4: part}, (0.0, 0.0, 0.0, 0.0, 17.3)).tobytes() == part.tobytes()
+
+
+def test_each_share_is_rounded_once_and_each_sum_once() -> None:
+    parts = {position: random_delta(position, 200) for position in range(3)}
+    weighing = (60.0, 61.5, 200.0)
+    expected = np.zeros(200, np.float32)
+    for position in range(3):
+        share = np.float32(weighing[position] / math.fsum(weighing))
+        expected = (expected + (parts[position] * share).astype(np.float32)).astype(np.float32)
+    assert weighted_mean(parts, weighing).tobytes() == expected.tobytes()
+
+
+def test_the_parts_are_not_touched() -> None:
+    parts = {0: random_delta(0, 10), 1: random_delta(1, 10)}
+    copies = {position: part.copy() for position, part in parts.items()}
+    weighted_mean(parts, (1.0, 2.0))
+    for position, part in parts.items():
+        np.testing.assert_array_equal(part, copies[position])

@@ -1,0 +1,126 @@
+"""What a peer believes of what the directory returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from p2pasr.peers.records import ATTESTATION_TTL, CLAIM_TTL, ROSTER_TTL, Records
+from p2pasr.protocol.messages import Message, seal, unseal
+
+from .builders import (
+    digest_of,
+    make_attestation,
+    make_claim,
+    make_identity,
+    make_manifest,
+    make_roster,
+    make_state,
+    view_of,
+)
+
+MANIFEST = make_manifest()
+STATE = make_state(MANIFEST)
+VIEW = view_of(MANIFEST, STATE)
+ME, ANNE, BEN = map(make_identity, (1, 2, 3))
+
+
+class Link:
+    """A network process that returns what was put into it."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, bytes]] = []
+        self.announced: list[tuple[Any, ...]] = []
+
+    def call(self, method: str, seconds: float, /, **args: Any) -> dict[str, Any]:
+        assert method == "lookup"
+        self.asked = (args["kind"], args["scope"])
+        return {"records": tuple(self.found)}
+
+    def announce(self, *args: Any) -> None:
+        self.announced.append(args)
+
+
+class World:
+    def __init__(self) -> None:
+        self.link = Link()
+        self.bad: list[str] = []
+        self.records = Records(self.link, ME, STATE.run, self.bad.append)
+
+    def publish(self, who: Any, message: Message, owner: str | None = None) -> None:
+        self.link.found.append((owner or who.peer, seal(who, message).pack()))
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def test_the_roster_is_everybody_else_who_is_here(world: World) -> None:
+    for who in (ME, ANNE, BEN):
+        world.publish(who, make_roster(who, STATE))
+    assert world.records.roster() == {who.peer: make_roster(who, STATE) for who in (ANNE, BEN)}
+    assert world.link.asked == ("roster", "all")
+    assert world.bad == []
+
+
+def test_whoever_leaves_is_no_longer_here(world: World) -> None:
+    world.publish(ANNE, make_roster(ANNE, STATE, stage="leaving"))
+    assert world.records.roster() == {}
+
+
+def test_claims_are_those_of_this_round(world: World) -> None:
+    world.publish(ANNE, make_claim(ANNE, MANIFEST, STATE))
+    world.publish(BEN, make_claim(BEN, MANIFEST, STATE, round=5))
+    world.publish(ME, make_claim(ME, MANIFEST, STATE))
+    assert set(world.records.claims(VIEW)) == {ANNE.peer}
+    assert world.link.asked == ("claim", "0")
+    assert world.bad == [], "a claim for another round is held against nobody"
+
+
+def test_a_claim_that_breaks_a_rule_is_left_out_and_told(world: World) -> None:
+    world.publish(ANNE, make_claim(ANNE, MANIFEST, STATE, samples=7))
+    world.publish(BEN, make_claim(BEN, MANIFEST, STATE))
+    assert set(world.records.claims(VIEW)) == {BEN.peer}
+    (sentence,) = world.bad
+    assert "states 7 samples" in sentence
+    assert sentence.endswith(f"(in the directory, from …{ANNE.peer[-6:]})")
+
+
+def test_attestations_are_those_of_this_run(world: World) -> None:
+    world.publish(ANNE, make_attestation(ANNE, STATE))
+    world.publish(BEN, make_attestation(BEN, STATE, run=digest_of("another run")))
+    world.publish(ME, make_attestation(ME, STATE))
+    found = world.records.attestations(MANIFEST)
+    assert {peer: signed.message for peer, signed in found.items()} == {ANNE.peer: make_attestation(ANNE, STATE)}
+    assert len(world.bad) == 1
+
+
+def test_a_record_under_somebody_elses_name_is_left_out_and_told(world: World) -> None:
+    world.publish(ANNE, make_attestation(ANNE, STATE), owner=BEN.peer)
+    assert world.records.attestations(MANIFEST) == {}
+    assert world.bad == [f"…{BEN.peer[-6:]} published a attestation of …{ANNE.peer[-6:]}"]
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x80", bytes(9000), seal(ANNE, make_roster(ANNE, STATE)).pack()])
+def test_what_is_no_record_of_the_kind_is_left_out_and_told(world: World, data: bytes) -> None:
+    world.link.found.append((ANNE.peer, data))
+    world.publish(BEN, make_claim(BEN, MANIFEST, STATE))
+    assert set(world.records.claims(VIEW)) == {BEN.peer}
+    assert len(world.bad) == 1
+
+
+def test_announcements_are_signed_and_go_where_they_are_looked_for(world: World) -> None:
+    claim = seal(ME, make_claim(ME, MANIFEST, STATE))
+    attestation = seal(ME, make_attestation(ME, STATE))
+    roster = make_roster(ME, STATE)
+    world.records.announce_claim(claim)
+    world.records.announce_attestation(attestation)
+    world.records.announce_roster(roster)
+    assert world.link.announced == [
+        ("claim", "claim", "0", claim.pack(), CLAIM_TTL),
+        ("attestation", "attestation", "all", attestation.pack(), ATTESTATION_TTL),
+        ("roster", "roster", "all", seal(ME, roster).pack(), ROSTER_TTL),
+    ]
+    assert unseal(world.link.announced[2][3], type(roster)).message == roster

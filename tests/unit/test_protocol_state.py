@@ -1,0 +1,316 @@
+"""States: equal rounds give equal bits, and nothing else passes for one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2pasr.errors import Reject
+from p2pasr.protocol.encoding import blob_digest
+from p2pasr.protocol.manifest import RunManifest
+from p2pasr.protocol.messages import Claim
+from p2pasr.protocol.state import (
+    NO_PARENT,
+    State,
+    advance,
+    describe,
+    genesis,
+    max_state_bytes,
+    params_digest,
+    parse_state,
+    trained_seconds,
+)
+from p2pasr.protocol.state import shard_seconds as seconds_of
+from p2pasr.protocol.tensors import Tensors, pack_tensors, unpack_tensors
+
+from .builders import SHARDS, digest_of, initial_params, make_claim, make_identity, make_manifest, make_state
+
+MANIFEST = make_manifest()
+LIKE = initial_params()
+GENESIS = make_state(MANIFEST)
+SHARD = MANIFEST.shards[0].digest
+PEER = make_identity(1).peer
+
+
+def moved(state: State, claims: list[Claim], manifest: RunManifest = MANIFEST) -> State:
+    params = {name: value + np.float32(0.5) for name, value in state.params.items()}
+    return advance(state, manifest, claims, params, {name: value * 0 for name, value in params.items()})
+
+
+def claims_of(state: State, count: int, manifest: RunManifest = MANIFEST, **changes: Any) -> list[Claim]:
+    return [make_claim(make_identity(number + 1), manifest, state, **changes) for number in range(count)]
+
+
+LATER = moved(GENESIS, claims_of(GENESIS, 2))
+
+
+def test_the_first_state_follows_from_the_manifest_alone() -> None:
+    state = genesis(MANIFEST, LIKE)
+    assert (state.run, state.round, state.parent, state.epoch) == (MANIFEST.run_id, 0, NO_PARENT, 0)
+    assert state.digest == genesis(MANIFEST, dict(reversed(LIKE.items()))).digest
+    assert params_digest(state.params).hex() == MANIFEST.initial
+    assert state.work == 0
+
+
+@pytest.mark.parametrize("state", [GENESIS, LATER])
+def test_a_state_survives_its_blob(state: State) -> None:
+    read = parse_state(state.blob, MANIFEST, LIKE)
+    assert read.digest == state.digest == blob_digest(state.blob)
+    assert (read.round, read.parent, read.epoch) == (state.round, state.parent, state.epoch)
+    assert (read.covered, read.credit, read.work) == (state.covered, state.credit, state.work)
+    for name, value in state.params.items():
+        np.testing.assert_array_equal(read.params[name], value)
+    assert read.moments.keys() == state.moments.keys()
+
+
+def test_a_round_leads_to_a_child_of_the_state() -> None:
+    assert (LATER.round, LATER.parent, LATER.run) == (1, GENESIS.digest, GENESIS.run)
+    assert GENESIS.round == 0, "the state before is not touched"
+    assert not GENESIS.credit
+
+
+@given(st.permutations(claims_of(GENESIS, 4)))
+def test_the_order_of_the_claims_does_not_matter(claims: list[Claim]) -> None:
+    assert moved(GENESIS, claims).digest == moved(GENESIS, claims_of(GENESIS, 4)).digest
+
+
+def test_every_part_of_a_state_enters_its_digest() -> None:
+    others = [
+        dataclasses.replace(LATER, run=digest_of("other")),
+        dataclasses.replace(LATER, round=2),
+        dataclasses.replace(LATER, parent=digest_of("other")),
+        dataclasses.replace(LATER, epoch=1),
+        dataclasses.replace(LATER, covered={**LATER.covered, SHARD: 9}),
+        dataclasses.replace(LATER, credit={**LATER.credit, PEER: 1.5}),
+        dataclasses.replace(LATER, moments={}),
+        dataclasses.replace(LATER, params={**LATER.params, "decoder.b": LATER.params["decoder.b"] * 2}),
+        dataclasses.replace(LATER, params=LATER.moments, moments=LATER.params),
+    ]
+    assert len({state.digest for state in (LATER, *others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("segments", [1, 2, 4])
+def test_credit_is_the_audio_of_the_shards_scaled_by_the_segments(segments: int) -> None:
+    claim = make_claim(make_identity(1), MANIFEST, GENESIS, segments=segments)
+    audio = sum(seconds_of(MANIFEST)[shard.hex()] for shard in claim.shards)
+    after = moved(GENESIS, [claim])
+    assert after.credit == {PEER: pytest.approx(audio * segments / 4)}
+    assert after.credit[PEER] == trained_seconds(claim, MANIFEST, seconds_of(MANIFEST)) == after.work
+
+
+def test_credit_adds_up_over_rounds_and_work_is_its_sum() -> None:
+    second = moved(LATER, claims_of(LATER, 3))
+    assert set(second.credit) == {make_identity(number).peer for number in (1, 2, 3)}
+    for peer in LATER.credit:
+        assert second.credit[peer] > LATER.credit[peer]
+    assert second.work == pytest.approx(sum(second.credit.values()))
+
+
+def test_a_round_that_nobody_is_in_still_leads_on() -> None:
+    after = moved(GENESIS, [])
+    assert (after.round, after.covered, after.credit, after.epoch) == (1, {}, {}, 0)
+
+
+def test_shards_are_counted_once_for_every_claim_that_names_them() -> None:
+    claims = claims_of(GENESIS, 2)
+    named = [shard.hex() for claim in claims for shard in claim.shards]
+    assert moved(GENESIS, claims).covered == {shard: named.count(shard) for shard in named}
+
+
+@pytest.mark.parametrize("wanted", [1, 2])
+def test_an_epoch_ends_when_every_shard_is_covered_as_often_as_wanted(wanted: int) -> None:
+    manifest = make_manifest(data={"redundancy": wanted})
+    state = make_state(manifest)
+    rounds = 0
+    while state.epoch == 0:
+        before = state
+        state = moved(state, claims_of(state, 1, manifest), manifest)
+        rounds += 1
+        assert rounds <= wanted * SHARDS
+        covered_often = [before.covered.get(shard.digest, 0) >= wanted for shard in manifest.shards]
+        assert not all(covered_often), "the epoch should have ended a round before"
+    assert state.epoch == 1
+    assert state.covered == {}
+    assert rounds * 2 >= wanted * SHARDS
+
+
+def test_a_ledger_written_in_another_order_is_the_same_state() -> None:
+    covered = dict(reversed(LATER.covered.items()))
+    credit = dict(reversed(LATER.credit.items()))
+    assert dataclasses.replace(LATER, covered=covered, credit=credit).digest == LATER.digest
+
+
+def repacked(change_meta: dict[str, Any] | None = None, change_tensors: Tensors | None = None) -> bytes:
+    tensors, meta = unpack_tensors(LATER.blob)
+    return pack_tensors({**tensors, **(change_tensors or {})}, {**meta, **(change_meta or {})})
+
+
+def test_a_state_that_these_tests_repack_is_the_same_blob() -> None:
+    assert repacked() == LATER.blob
+
+
+def test_a_state_of_another_run_is_refused() -> None:
+    other = make_manifest(name="another run")
+    with pytest.raises(Reject, match="not a canonical state of this run"):
+        parse_state(make_state(other).blob, MANIFEST, LIKE)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"encoder.a": LIKE["encoder.a"]},
+        {**LIKE, "extra": np.zeros(3, np.float32)},
+        {"encoder.a": LIKE["encoder.a"], "decoder.c": LIKE["decoder.b"]},
+        {**LIKE, "encoder.a": LIKE["encoder.a"].reshape(10, 20)},
+        {**LIKE, "encoder.a": LIKE["encoder.a"].astype(np.float16)},
+        {**LIKE, "decoder.b": LIKE["decoder.b"][:-1]},
+    ],
+)
+def test_a_state_with_other_parameters_is_refused(params: Tensors) -> None:
+    with pytest.raises(Reject, match="other parameters"):
+        parse_state(dataclasses.replace(LATER, params=params).blob, MANIFEST, LIKE)
+
+
+@pytest.mark.parametrize("name", ["param/encoder.a", "moment/encoder.a"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_state_with_a_value_that_is_not_finite_is_refused(name: str, value: float) -> None:
+    spoilt = np.zeros((20, 10), np.float32)
+    spoilt[3, 4] = value
+    with pytest.raises(Reject, match="not finite"):
+        parse_state(repacked(change_tensors={name: spoilt}), MANIFEST, LIKE)
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [
+        {"encoder.a": np.zeros((10, 20), np.float32)},
+        {"encoder.a": np.zeros(1, np.float32)},
+        {"encoder.a": np.zeros((20, 10), np.float16)},
+        {"encoder.a": np.zeros((20, 10), np.int64)},
+        {"unknown": np.zeros((20, 10), np.float32)},
+    ],
+)
+def test_a_state_whose_moments_do_not_fit_its_parameters_is_refused(moments: Tensors) -> None:
+    # BUG (state.py, parse_state): moments are not compared with anything; the outer step then fails or
+    # broadcasts.
+    with pytest.raises(Reject):
+        parse_state(dataclasses.replace(LATER, moments=moments).blob, MANIFEST, LIKE)
+
+
+def test_arrays_that_are_neither_parameters_nor_moments_are_refused() -> None:
+    with pytest.raises(Reject, match="not a canonical state"):
+        parse_state(repacked(change_tensors={"other/a": np.zeros(2, np.float32)}), MANIFEST, LIKE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "p2pasr-state/2"},
+        {"format": None},
+        {"run": "zz"},
+        {"run": 7},
+        {"run": MANIFEST.run_id.hex().upper()},
+        {"run": ""},
+        {"round": "1"},
+        {"round": 1.0},
+        {"round": True},
+        {"round": None},
+        {"parent": "x"},
+        {"parent": None},
+        {"note": "x"},
+    ],
+)
+def test_a_description_that_is_malformed_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(Reject, match="state"):
+        parse_state(repacked(change), MANIFEST, LIKE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"round": -1},
+        {"parent": ""},
+        {"parent": "00"},
+        {"epoch": "1"},
+        {"epoch": None},
+        {"epoch": -1},
+        {"covered": None},
+        {"covered": [1]},
+        {"covered": {SHARD: "1"}},
+        {"covered": {SHARD: None}},
+        {"covered": {SHARD: -1}},
+        {"credit": None},
+        {"credit": [1.0]},
+        {"credit": {PEER: "1"}},
+        {"credit": {PEER: None}},
+        {"credit": {PEER: -1.0}},
+    ],
+)
+def test_a_ledger_that_is_malformed_is_refused(change: dict[str, Any]) -> None:
+    # BUG (state.py, parse_state): only `round` has its type checked. A supporter of such a state, or a peer
+    # that adopts it, ends with a TypeError where it first computes with it.
+    with pytest.raises(Reject):
+        parse_state(repacked(change), MANIFEST, LIKE)
+
+
+@pytest.mark.parametrize("missing", ["format", "run", "round", "parent", "epoch", "covered", "credit"])
+def test_a_description_that_lacks_something_is_refused(missing: str) -> None:
+    tensors, meta = unpack_tensors(LATER.blob)
+    del meta[missing]
+    with pytest.raises(Reject, match="description is malformed"):
+        parse_state(pack_tensors(tensors, meta), MANIFEST, LIKE)
+
+
+@pytest.mark.parametrize("blob", [b"", bytes(8), bytes(100), b"\xff" * 64])
+def test_bytes_that_are_no_tensor_file_are_refused(blob: bytes) -> None:
+    with pytest.raises(Reject):
+        parse_state(blob, MANIFEST, LIKE)
+
+
+@given(st.data())
+def test_a_state_with_a_flipped_bit_is_another_state_or_none(data: st.DataObject) -> None:
+    blob = bytearray(LATER.blob)
+    bit = data.draw(st.integers(0, 8 * len(blob) - 1))
+    blob[bit // 8] ^= 1 << bit % 8
+    try:
+        state = parse_state(bytes(blob), MANIFEST, LIKE)
+    except Reject:
+        return
+    assert state.digest == blob_digest(bytes(blob)) != LATER.digest
+
+
+def test_no_state_of_ten_thousand_peers_is_longer_than_the_limit() -> None:
+    shard = MANIFEST.shards[0].model_dump()
+    shards = tuple({**shard, "digest": digest_of(f"shard {n}").hex()} for n in range(3000))
+    manifest = make_manifest(shards=shards, data={"redundancy": 64})
+    state = dataclasses.replace(
+        make_state(manifest),
+        round=1_000_000,
+        epoch=1 << 40,
+        moments={f"{moment}/{name}": value for moment in "mv" for name, value in LIKE.items()},
+        covered={shard.digest: 1 << 30 for shard in manifest.shards},
+        credit={f"12D3KooW{number:044d}": 123456.789012345678 + number for number in range(10_000)},
+    )
+    assert len(state.blob) <= max_state_bytes(manifest)
+
+
+def test_the_limit_grows_with_parameters_and_shards() -> None:
+    assert max_state_bytes(make_manifest(parameters=10**6)) >= 3 * 4 * 10**6
+    assert max_state_bytes(MANIFEST) < 2 << 20
+
+
+def test_a_description_for_people_has_the_ledger_in_it() -> None:
+    assert describe(LATER) == {
+        "round": 1,
+        "state": LATER.digest.hex(),
+        "epoch": 0,
+        "shards_covered": len(LATER.covered),
+        "seconds_merged": round(LATER.work, 1),
+        "peers_credited": 2,
+    }

@@ -1,0 +1,95 @@
+"""Traces: the checkpoints of a round under one root, kept as long as they may be asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from p2pasr.averaging.merkle import Tree
+from p2pasr.peers.blobs import BlobStore
+from p2pasr.peers.journal import Journal
+from p2pasr.protocol.encoding import blob_digest
+from p2pasr.verify.trace import Trace, retain_traces
+
+from .builders import digest_of, make_identity
+
+RUN, PEER = digest_of("run"), make_identity(1).peer
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    return BlobStore(tmp_path / "blobs")
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    opened = Journal(tmp_path / "run")
+    yield opened
+    opened.close()
+
+
+def test_the_root_commits_to_the_checkpoints_in_order(store: BlobStore) -> None:
+    trace = Trace(store, RUN, 7, PEER)
+    checkpoints = [b"first", b"second", b"third"]
+    for checkpoint in checkpoints:
+        trace.add(checkpoint)
+    assert trace.checkpoints == list(map(blob_digest, checkpoints))
+    tree = Tree("trace", RUN, 7, PEER)
+    for index, digest in enumerate(trace.checkpoints):
+        tree.check(trace.root, index, 3, digest, tree.prove(trace.checkpoints, index))
+        assert store.get(digest) == checkpoints[index]
+
+
+def test_traces_of_another_round_peer_or_run_have_other_roots(store: BlobStore) -> None:
+    roots = set()
+    for run, round_number, peer in (
+        (RUN, 7, PEER),
+        (RUN, 8, PEER),
+        (RUN, 7, make_identity(2).peer),
+        (digest_of("other"), 7, PEER),
+    ):
+        trace = Trace(store, run, round_number, peer)
+        trace.add(b"checkpoint")
+        roots.add(trace.root)
+    assert len(roots) == 4
+
+
+def test_a_trace_without_a_checkpoint_has_no_root(store: BlobStore) -> None:
+    with pytest.raises(ValueError, match="at least one leaf"):
+        _ = Trace(store, RUN, 0, PEER).root
+
+
+def finish(journal: Journal, store: BlobStore, number: int, rounds: int) -> tuple[bytes, list[bytes]]:
+    """A round with two checkpoints of its own, and one that it shares with the round before."""
+    delta = store.put("delta", f"delta {number}".encode())
+    names = (f"{number} a", f"{number} b", f"shared {number // 2}")
+    checkpoints = [store.put("checkpoint", name.encode()) for name in names]
+    retain_traces(journal, store, number, delta, checkpoints, rounds)
+    return delta, checkpoints
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_traces_are_kept_for_so_many_rounds(journal: Journal, store: BlobStore, rounds: int) -> None:
+    finished = {number: finish(journal, store, number, rounds) for number in range(6)}
+    kept = [finished[number] for number in range(6 - rounds, 6)]
+    assert set(journal.traces()) == set(range(6 - rounds, 6))
+    assert set(store.holds("delta")) == {delta for delta, _ in kept}
+    assert set(store.holds("checkpoint")) == {digest for _, checkpoints in kept for digest in checkpoints}
+
+
+def test_a_round_that_is_finished_again_replaces_its_trace(journal: Journal, store: BlobStore) -> None:
+    retain_traces(journal, store, 3, store.put("delta", b"first"), [store.put("checkpoint", b"1")], 2)
+    second = store.put("delta", b"second")
+    retain_traces(journal, store, 3, second, [], 2)
+    assert journal.traces() == {3: {"delta": second.hex(), "checkpoints": []}}
+    assert store.holds("delta") == [second]
+    assert store.holds("checkpoint") == []
+
+
+def test_other_kinds_of_blobs_are_left_alone(journal: Journal, store: BlobStore) -> None:
+    state = store.put("state", b"state")
+    finish(journal, store, 0, 1)
+    finish(journal, store, 5, 1)
+    assert store.get(state) == b"state"
