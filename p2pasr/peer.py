@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from p2pasr import __version__
 from p2pasr.errors import LinkDown, LocalError, P2pasrError, RemoteError, TransportError
-from p2pasr.peers.blobs import GIBIBYTE, BlobStore
+from p2pasr.peers.blobs import GIBIBYTE, BlobStore, file_digest
 from p2pasr.peers.config import LinkConfig, NodeConfig
 from p2pasr.peers.identity import load_or_create
 from p2pasr.peers.identity import lock as lock_identity
@@ -161,8 +161,8 @@ class Peer:
         task = self._task or build_task(manifest, _device(options), options.model)
         state = initial_state(manifest, task)
         like = state.params
-        head = journal.head()
-        if head is not None and store.find(head) is not None:
+        head = _newest_intact(journal, store, report)
+        if head is not None:
             state = parse_state(store.get(head), manifest, like)
         self.member = Member(
             manifest=manifest,
@@ -308,6 +308,27 @@ class Peer:
             self.report.progress(f"fetching a {event['kind']}", event["done"], event["size"])
         elif kind == "group":
             self.report.emit("group", f"averaging in a group of {len(event['peers'])}", peers=event["peers"])
+
+
+def _newest_intact(journal: Journal, store: BlobStore, report: Report) -> bytes | None:
+    """The newest state that was held here and is still whole; None before the first.
+
+    Raises:
+        LocalError: states were held and none is left.
+    """
+    held = journal.held()
+    for number in sorted(held, reverse=True):
+        path = store.find(held[number])
+        if path is not None and file_digest(path) == held[number]:
+            if number != max(held):
+                journal.hold(number, held[number])
+                report.warn(f"the newest states are damaged or gone: going on from round {number}")
+            return held[number]
+    if held:
+        raise LocalError(
+            f"the states of this run in {store.root} are damaged or gone; delete {journal.folder} to rejoin"
+        )
+    return None
 
 
 def _device(options: PeerOptions) -> str:

@@ -56,6 +56,7 @@ class Report:
             message: one sentence for a person.
             fields: values for a program; bytes are written as hex.
         """
+        message = "".join(char if char.isprintable() else " " for char in message)  # it may quote a stranger
         with self._lock:
             if self._json:
                 record = {"time": round(time.time(), 3), "event": event, "message": message, **fields}

@@ -436,9 +436,10 @@ def resume(member: Member) -> Work | None:
     if pending is None or (pending.round, pending.state) != (member.state.round, member.state.digest):
         return None
     if member.store.find(pending.delta) is None:
-        member.report.warn("the delta of the published claim is gone: this round is sat out")
-        wait_for_next_round(member)
-        return None
+        raise LocalError(
+            f"the delta of the claim that this peer published for round {member.state.round} is gone from "
+            f"{member.store.root}, and a second claim would look like cheating; join again with a new --identity-path"
+        )
     work = Work(unseal(pending.claim, Claim), pending.delta, pending.checkpoints)
     member.step("commit", f"round {member.state.round}: publishing the claim made before")
     publish_claim(member, work)

@@ -18,7 +18,7 @@ from p2pasr.protocol.encoding import blob_digest
 Kind = Literal["manifest", "state", "shard", "checkpoint", "delta", "average"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
-EVICTABLE: Final[tuple[Kind, ...]] = ("average", "delta", "checkpoint", "shard")
+EVICTABLE: Final[tuple[Kind, ...]] = ("average", "checkpoint", "shard")
 """What may go when the budget is used up, in this order, oldest first; all of it can be had again."""
 
 GIBIBYTE: Final = 1 << 30

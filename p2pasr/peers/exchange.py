@@ -18,7 +18,7 @@ from p2pasr.peers.streams import Stream, field
 from p2pasr.protocol.encoding import DIGEST_BYTES, MEBIBYTE
 from p2pasr.protocol.signing import short
 
-CHUNK_BYTES: Final = MEBIBYTE
+CHUNK_BYTES: Final = MEBIBYTE // 4
 """What is asked for, and kept in memory, at once."""
 
 PARALLEL_PROVIDERS: Final = 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from typing import Any, Final
 
 import numpy as np
@@ -109,6 +110,14 @@ def parse_state(blob: bytes, manifest: RunManifest, like: Tensors) -> State:
         raise Reject("a state holds other parameters than this run trains")
     if not all(np.isfinite(value).all() for value in tensors.values()):
         raise Reject("a state holds values that are not finite")
+    if any(
+        name not in params or (a.shape, a.dtype) != (params[name].shape, params[name].dtype)
+        for name, a in moments.items()
+    ):
+        raise Reject("a state's moments do not fit its parameters")
+    if len(tensors) != len(params) + len(moments):
+        raise Reject("a state holds tensors that are neither parameters nor moments")
+    _check_ledger(meta, manifest)
     try:
         state = State(
             run=bytes.fromhex(meta["run"]),
@@ -126,6 +135,32 @@ def parse_state(blob: bytes, manifest: RunManifest, like: Tensors) -> State:
     if not sound or state.run != manifest.run_id:
         raise Reject("a state is not a canonical state of this run")
     return state
+
+
+def _check_ledger(meta: Mapping[str, Any], manifest: RunManifest) -> None:
+    """Are these the fields of a state, of their types and within bounds?
+
+    Raises:
+        Reject: no.
+    """
+    shards = {shard.digest for shard in manifest.shards}
+    covered, credit = meta.get("covered"), meta.get("credit")
+    numbers = (meta.get("round"), meta.get("epoch"))
+    parents = (meta.get("run"), meta.get("parent"))
+    sound = (
+        meta.keys() == {"format", "run", "round", "parent", "epoch", "covered", "credit"}
+        and all(type(number) is int and 0 <= number <= 1 << 31 for number in numbers)
+        and all(isinstance(name, str) and len(name) == 2 * DIGEST_BYTES for name in parents)
+        and isinstance(covered, dict)
+        and all(shard in shards and type(n) is int and n > 0 for shard, n in covered.items())
+        and isinstance(credit, dict)
+        and all(
+            isinstance(peer, str) and isinstance(seconds, float) and isfinite(seconds) and seconds >= 0
+            for peer, seconds in credit.items()
+        )
+    )
+    if not sound:
+        raise Reject("a state's description is malformed")
 
 
 def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params: Tensors, moments: Tensors) -> State:

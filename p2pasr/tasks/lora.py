@@ -227,6 +227,7 @@ class LoraTask:
         pieces = [clips[start : start + size] for start in range(0, len(clips), size)]
         tokens = sum(len(clip.tokens) - 1 for clip in clips)
         total = 0.0
+        optimizer.zero_grad(set_to_none=True)  # first, for a step that failed may have left some
         for piece in pieces:
             batch = collate(piece, self.frames, self.frontend.config.pad_token_id).to(self.device)
             with self._autocast():
@@ -238,7 +239,6 @@ class LoraTask:
         if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
             raise NonFiniteStep(f"the loss is {loss} and the gradient's norm {float(norm)}: nothing of it is published")
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         return loss
 
     def _autocast(self) -> Any:
