@@ -30,7 +30,7 @@ def pack(value: Any) -> bytes:
     """Canonical msgpack of None, bool, int, float, str, bytes, lists or tuples, and string-keyed dicts.
 
     Raises:
-        ValueError: a float is NaN or infinite, a key is no string, or the nesting is too deep.
+        ValueError: a float is NaN or infinite, an integer exceeds 64 bits, a key is no string, or the nesting is too deep.
         TypeError: a value of another type.
     """
     return msgpack.packb(_ordered(value, 0), use_bin_type=True, strict_types=True)  # type: ignore[no-any-return]
@@ -76,7 +76,11 @@ def keyed_bytes(key: bytes, count: int) -> bytes:
 def _ordered(value: Any, depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise ValueError(f"a record may nest {MAX_DEPTH} levels")
-    if value is None or isinstance(value, bool | int | str | bytes):
+    if value is None or isinstance(value, bool | str | bytes):
+        return value
+    if isinstance(value, int):
+        if not -(1 << 63) <= value < 1 << 64:
+            raise ValueError("a record may not hold integers beyond 64 bits")
         return value
     if isinstance(value, float):
         if not math.isfinite(value):

@@ -25,6 +25,7 @@ MAX_RECEIPT_BYTES: Final = 1 << 20
 
 Digest = Annotated[bytes, Len(DIGEST_BYTES, DIGEST_BYTES)]
 PeerId = Annotated[str, StringConstraints(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$")]
+GroupId = Annotated[bytes, Len(8, 64)]
 Count = Annotated[int, Ge(0), Le(1 << 48)]
 Round = Annotated[int, Ge(0), Le(1 << 31)]
 Amount = Annotated[float, Ge(0.0), Le(1e15)]
@@ -154,7 +155,7 @@ class Receipt:
     peer: PeerId
     round: Round
     state: Digest
-    group: Annotated[bytes, Len(8, 64)]
+    group: GroupId
     members: Annotated[tuple[Digest, ...], Len(1, 1024)]
     parts: Annotated[tuple[PartReceipt, ...], MaxLen(1 << 16)]
 

@@ -102,14 +102,19 @@ def check_receipts(
     """
     digests = tuple(member.digest for member in members)
     peers = {member.message.peer for member in members}
+    rounds = {(member.message.run, member.message.round, member.message.state) for member in members}
     seen: dict[int, str] = {}
     for receipt in (signed.message for signed in receipts):
         who = f"the receipt of {short(receipt.peer)}"
         # P1 A receipt is about this group and its members, by one of them.
         if receipt.group != group or receipt.members != digests or receipt.peer not in peers:
             raise Reject(f"{who} is about another group")
+        if (receipt.run, receipt.round, receipt.state) not in rounds:
+            raise Reject(f"{who} is about another round than its members' claims")
         for part in receipt.parts:
-            # P2 Each part is reduced by one peer, once.
+            # P2 Each part of the delta is reduced by one peer, once.
+            if part.index >= parts:
+                raise Reject(f"{who} names part {part.index}, a delta has {parts}")
             if part.index in seen:
                 raise Reject(
                     f"part {part.index} is in the receipts of {short(seen[part.index])} and {short(receipt.peer)}"
@@ -119,6 +124,5 @@ def check_receipts(
             if list(part.senders) != sorted(set(part.senders)) or part.senders[-1] >= len(members):
                 raise Reject(f"{who} names impossible senders for part {part.index}")
     # P4 Nothing is missing.
-    if seen.keys() != set(range(parts)):
-        missing = sorted(set(range(parts)) - seen.keys())
-        raise Reject(f"no receipt covers part {missing[0] if missing else max(seen)}")
+    if missing := set(range(parts)) - seen.keys():
+        raise Reject(f"no receipt covers part {min(missing)}")

@@ -54,6 +54,8 @@ def peer_id_bytes(peer: str) -> bytes:
         raise Reject(f"{peer!r} is not a peer ID") from None
     if len(raw) != len(_MULTIHASH_PREFIX) + 32 or not raw.startswith(_MULTIHASH_PREFIX):
         raise Reject(f"{peer!r} is not the peer ID of an Ed25519 key")
+    if peer_id_from_bytes(raw) != peer:  # base58 ignores white space, and one key must not have two names
+        raise Reject(f"{peer!r} is not the canonical form of a peer ID")
     return raw
 
 

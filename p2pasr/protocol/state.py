@@ -115,8 +115,6 @@ def parse_state(blob: bytes, manifest: RunManifest, like: Tensors) -> State:
         for name, a in moments.items()
     ):
         raise Reject("a state's moments do not fit its parameters")
-    if len(tensors) != len(params) + len(moments):
-        raise Reject("a state holds tensors that are neither parameters nor moments")
     _check_ledger(meta, manifest)
     try:
         state = State(

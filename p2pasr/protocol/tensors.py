@@ -44,24 +44,10 @@ def pack_tensors(tensors: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any
     Raises:
         TypeError: an array's dtype is not float32, float16, int64, int32, int8 or uint8.
     """
-    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: _json(meta)}}
-    pieces: list[bytes] = []
-    offset = 0
-    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
-        array = tensors[name]
+    for name, array in tensors.items():
         if array.dtype not in _TO_NAME:
             raise TypeError(f"tensor {name!r} has dtype {array.dtype}, which has no canonical encoding")
-        data = array.tobytes(order="C")
-        header[name] = {
-            "dtype": _TO_NAME[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + len(data)],
-        }
-        pieces.append(data)
-        offset += len(data)
-    head = _json(header).encode()
-    head += b" " * (-len(head) % 8)
-    return b"".join([len(head).to_bytes(8, "little"), head, *pieces])
+    return b"".join([_head(tensors, meta), *(tensors[name].tobytes(order="C") for name in _order(tensors))])
 
 
 def unpack_tensors(data: bytes | memoryview) -> tuple[Tensors, dict[str, Any]]:
@@ -83,16 +69,41 @@ def unpack_tensors(data: bytes | memoryview) -> tuple[Tensors, dict[str, Any]]:
         header = json.loads(bytes(view[8 : 8 + length]))
         meta = json.loads(header.pop("__metadata__")[METADATA_KEY])
         tensors = _arrays(header, view[8 + length :])
+        canonical = _head(tensors, meta)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Reject(f"a tensor file has a malformed header ({type(error).__name__}: {error})") from None
     if not isinstance(meta, dict):
         raise Reject("a tensor file's description is not a map")
+    if view[: 8 + length] != canonical:
+        raise Reject("a tensor file's header is not in canonical form")
     return tensors, meta
 
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """Map a file that :func:`pack_tensors` wrote; arrays are read from disk as they are touched."""
     return unpack_tensors(np.memmap(path, dtype=np.uint8, mode="r").data)
+
+
+def _head(tensors: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any]) -> bytes:
+    """Everything before the data: the header's length, the header, and the spaces that pad it."""
+    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: _json(meta)}}
+    offset = 0
+    for name in _order(tensors):
+        array = tensors[name]
+        header[name] = {
+            "dtype": _TO_NAME[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+    head = _json(header).encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head
+
+
+def _order(tensors: Mapping[str, npt.NDArray[Any]]) -> list[str]:
+    """In which order the arrays lie: wider elements first, by name among equals."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
 def _arrays(header: dict[str, Any], body: memoryview) -> Tensors:

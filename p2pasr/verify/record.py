@@ -5,12 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.merkle import part_digests
 from p2pasr.errors import Reject
-from p2pasr.protocol.encoding import MEBIBYTE, pack, unpack
-from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Attestation, Claim, Receipt, Signed, unseal
-from p2pasr.protocol.rules import RoundView, check_claim, check_receipts
+from p2pasr.protocol.encoding import MEBIBYTE, blob_digest, pack, unpack
+from p2pasr.protocol.messages import (
+    MAX_RECEIPT_BYTES,
+    Attestation,
+    Claim,
+    Digest,
+    GroupId,
+    Receipt,
+    Round,
+    Signed,
+    unseal,
+)
+from p2pasr.protocol.rules import RoundView, check_attestation, check_claim, check_receipts
+from p2pasr.protocol.signing import short
 
 MAX_RECORD_BYTES: Final = 64 * MEBIBYTE
 
@@ -63,41 +76,61 @@ class RoundRecord:
         """
         content = unpack(data, MAX_RECORD_BYTES)
         try:
-            return cls(
-                run=content["run"],
-                round=content["round"],
-                before=content["before"],
-                after=content["after"],
-                group=content["group"],
-                members=tuple(unseal(member, Claim) for member in content["members"]),
-                receipts=tuple(unseal(receipt, Receipt, MAX_RECEIPT_BYTES) for receipt in content["receipts"]),
-                average=content["average"],
-                attestations=tuple(unseal(item, Attestation) for item in content["attestations"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise Reject(f"a round record is malformed ({error})") from None
+            packed = _Packed.model_validate(content)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise Reject(f"a round record is malformed ({'.'.join(map(str, first['loc']))}: {first['msg']})") from None
+        return cls(
+            run=packed.run,
+            round=packed.round,
+            before=packed.before,
+            after=packed.after,
+            group=packed.group,
+            members=tuple(unseal(member, Claim) for member in packed.members),
+            receipts=tuple(unseal(receipt, Receipt, MAX_RECEIPT_BYTES) for receipt in packed.receipts),
+            average=packed.average,
+            attestations=tuple(unseal(item, Attestation) for item in packed.attestations),
+        )
 
     def merged(self) -> tuple[Claim, ...]:
         """The claims that are in every part: those that earn credit and cover shards."""
         return tuple(self.members[position].message for position in in_every_part(self.receipts))
 
 
+class _Packed(BaseModel):
+    """A record as its bytes hold it, before any signature is checked."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    run: Digest
+    round: Round
+    before: Digest
+    after: Digest
+    group: GroupId
+    members: tuple[bytes, ...]
+    receipts: tuple[bytes, ...]
+    average: Digest
+    attestations: tuple[bytes, ...]
+
+
 def in_every_part(receipts: tuple[Signed[Receipt], ...]) -> tuple[int, ...]:
     """Positions of the group's members that every part's receipt includes."""
     sets = [set(part.senders) for receipt in receipts for part in receipt.message.parts]
-    return tuple(sorted(set.intersection(*sets)))
+    return tuple(sorted(set.intersection(*sets))) if sets else ()
 
 
 def check_record(record: RoundRecord, view: RoundView, average: bytes) -> None:
-    """Do the claims, the receipts and the average of a round belong together?
+    """Do a round's claims, receipts, average and attestations belong together, and to this round?
 
     Args:
         view: the round, as this peer saw it before averaging.
         average: the encoded average, bytes.
 
     Raises:
-        RemoteError: a claim does not stand, parts are unaccounted for, or the average is another.
+        RemoteError: a claim does not stand, parts are unaccounted for, or the average or the states are others.
     """
+    if (record.run, record.round, record.before) != (view.run, view.round, view.state):
+        raise Reject(f"the record is of round {record.round} from state {record.before.hex()[:8]}, not of this one")
     layout = Layout.of(view.manifest.parameters, view.manifest.averaging)
     for member in record.members:
         check_claim(member.message, view)
@@ -106,3 +139,11 @@ def check_record(record: RoundRecord, view: RoundView, average: bytes) -> None:
     for index, actual in enumerate(part_digests(layout.cut(average))):
         if stated[index] != actual:
             raise Reject(f"part {index} of the average is not the one that its receipt states")
+    if blob_digest(average) != record.average:
+        raise Reject("the record names another average")
+    if not record.attestations:
+        raise Reject(f"nobody attests state {record.after.hex()[:8]}, which the record says came of the round")
+    for attestation in (signed.message for signed in record.attestations):
+        check_attestation(attestation, view.manifest, view.run)
+        if record.after not in (attestation.state, attestation.parent):
+            raise Reject(f"{short(attestation.peer)} attests another state than the record says came of the round")

@@ -279,7 +279,6 @@ def test_a_lying_minority_neither_wins_nor_splits_the_others(seed: int, strategy
 @pytest.mark.parametrize("strategy", ["parent", "mixed"])
 @pytest.mark.parametrize("seed", range(12))
 def test_a_minority_that_lies_about_parents_neither_wins_nor_splits_the_others(seed: int, strategy: str) -> None:
-    # BUG (agreement.py, _supporters): tests/unit/test_protocol_agreement.py tells it in the smallest world.
     honest = 3 + seed % 5
     live(seed, honest, liars=1 + seed % (honest - 1), strategy=strategy)
 

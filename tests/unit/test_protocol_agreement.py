@@ -141,7 +141,6 @@ def test_ties_go_to_more_supporters_then_more_work_then_the_later_round_then_the
 
 
 def test_peers_that_state_different_work_for_one_state_do_not_make_the_choice_depend_on_the_order() -> None:
-    # BUG (agreement.py, `work`): of several attestations of one state, the work of whichever comes last counts.
     world = [
         attest("a", 5, "main", work=10.0),
         attest("liar", 5, "main", work=1e15),
@@ -152,8 +151,6 @@ def test_peers_that_state_different_work_for_one_state_do_not_make_the_choice_de
 
 
 def test_a_minority_that_lies_about_the_parent_of_the_honest_state_does_not_win() -> None:
-    # BUG (agreement.py, _supporters): one attestation of (5, main) that names another parent makes everybody
-    # who attests (5, main) a supporter of that parent. Here 4 of 9 lie, and 7 of 9 seem to support their state.
     honest = [attest(f"ahead {n}", 5, "main") for n in range(3)] + [attest(f"behind {n}", 4, "main") for n in range(2)]
     liars = [attest(f"liar {n}", 4, "lie", work=1e15) for n in range(3)] + [attest("liar 3", 5, "main", parent="lie")]
     agreement = agree([*honest, *liars])

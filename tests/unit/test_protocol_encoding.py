@@ -207,7 +207,6 @@ def test_other_types_have_no_encoding(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [1 << 64, -(1 << 63) - 1])
 def test_integers_that_msgpack_cannot_hold_are_refused_as_documented(value: int) -> None:
-    # BUG (encoding.py, pack): msgpack's OverflowError gets out, which is neither of those promised.
     with pytest.raises((ValueError, TypeError)):
         pack(value)
 

@@ -159,7 +159,6 @@ def test_p1_a_receipt_about_another_group_or_by_a_stranger_is_refused() -> None:
 
 @pytest.mark.parametrize("changes", [{"run": digest_of("other")}, {"round": 5}, {"state": digest_of("other")}])
 def test_p1_a_receipt_for_another_round_than_its_claims_is_refused(changes: dict[str, Any]) -> None:
-    # BUG (rules.py, check_receipts): what a receipt says of its run, round and state is compared with nothing.
     first, second = receipts()
     with pytest.raises(Reject):
         check(first, dataclasses.replace(second, **changes))
@@ -206,7 +205,6 @@ def test_p4_a_missing_part_is_named() -> None:
 
 
 def test_p4_a_part_that_does_not_exist_is_refused_and_not_called_missing() -> None:
-    # BUG (rules.py, P4): a receipt for part 7 of 3 is refused with "no receipt covers part 7".
     first, second = receipts()
     extra = dataclasses.replace(first.parts[0], index=7)
     with pytest.raises(Reject, match="part 7") as caught:

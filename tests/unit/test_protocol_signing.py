@@ -78,7 +78,6 @@ def test_the_first_and_the_last_key_have_ids_of_that_form_too(key: bytes) -> Non
     ],
 )
 def test_what_is_no_ed25519_peer_id_is_refused(peer: str) -> None:
-    # BUG (signing.py, peer_id_bytes): base58 strips white space at the end, so one key has many names.
     with pytest.raises(Reject):
         peer_id_bytes(peer)
 

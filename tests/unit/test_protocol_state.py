@@ -197,8 +197,6 @@ def test_a_state_with_a_value_that_is_not_finite_is_refused(name: str, value: fl
     ],
 )
 def test_a_state_whose_moments_do_not_fit_its_parameters_is_refused(moments: Tensors) -> None:
-    # BUG (state.py, parse_state): moments are not compared with anything; the outer step then fails or
-    # broadcasts.
     with pytest.raises(Reject):
         parse_state(dataclasses.replace(LATER, moments=moments).blob, MANIFEST, LIKE)
 
@@ -253,8 +251,6 @@ def test_a_description_that_is_malformed_is_refused(change: dict[str, Any]) -> N
     ],
 )
 def test_a_ledger_that_is_malformed_is_refused(change: dict[str, Any]) -> None:
-    # BUG (state.py, parse_state): only `round` has its type checked. A supporter of such a state, or a peer
-    # that adopts it, ends with a TypeError where it first computes with it.
     with pytest.raises(Reject):
         parse_state(repacked(change), MANIFEST, LIKE)
 

@@ -270,7 +270,6 @@ def other_layouts() -> dict[str, bytes]:
     }
 
 
-# BUG (tensors.py, unpack_tensors): it promises "Reject: the bytes are not the canonical layout".
 @pytest.mark.parametrize("data", [pytest.param(data, id=name) for name, data in other_layouts().items()])
 def test_another_layout_of_the_same_arrays_is_refused(data: bytes) -> None:
     with pytest.raises(Reject):

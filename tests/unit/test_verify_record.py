@@ -63,7 +63,6 @@ def test_whoever_is_missing_in_one_part_is_not_merged() -> None:
 
 
 def test_a_record_without_receipts_merges_nobody() -> None:
-    # BUG (record.py, in_every_part): set.intersection of no sets is a TypeError.
     assert dataclasses.replace(RECORD, receipts=()).merged() == ()
 
 
@@ -124,7 +123,6 @@ def test_every_signature_in_a_record_is_checked() -> None:
     ],
 )
 def test_a_record_whose_own_fields_are_malformed_is_refused(key: str, value: Any) -> None:
-    # BUG (record.py, RoundRecord.unpack): only that the keys are there is checked.
     with pytest.raises(Reject):
         RoundRecord.unpack(pack({**content(), key: value}))
 
@@ -216,14 +214,11 @@ def test_a_receipt_for_another_result_is_found_out() -> None:
     ],
 )
 def test_a_record_that_says_something_else_than_its_parts_is_found_out(change: dict[str, Any]) -> None:
-    # BUG (record.py, check_record): what the record itself says of run, round, states and average is compared
-    # with nothing, so a lineage can be made of records whose links were changed at will.
     with pytest.raises(RemoteError):
         check_record(dataclasses.replace(RECORD, **change), ROUND.view, ROUND.average)
 
 
 def test_attestations_of_another_state_in_a_record_are_found_out() -> None:
-    # BUG (record.py, check_record): the attestations are not looked at.
     who = make_identity(9)
     strangers = seal(who, make_attestation(who, STATE, round=5, state=digest_of("elsewhere"), parent=digest_of("p")))
     record = dataclasses.replace(RECORD, attestations=(strangers,))
