@@ -30,7 +30,7 @@ def pack(value: Any) -> bytes:
     """Canonical msgpack of None, bool, int, float, str, bytes, lists or tuples, and string-keyed dicts.
 
     Raises:
-        ValueError: a float is NaN or infinite, an integer exceeds 64 bits, a key is no string, or the nesting is too deep.
+        ValueError: a float is NaN or infinite, an integer is beyond 64 bits, a key is no string, or it nests too deep.
         TypeError: a value of another type.
     """
     return msgpack.packb(_ordered(value, 0), use_bin_type=True, strict_types=True)  # type: ignore[no-any-return]
