@@ -110,9 +110,10 @@ class PartReducer:
         self.results = {index: loop.create_future() for index in self.indices}
 
     def submit(self, position: int, index: int, data: bytes) -> None:
-        """A sender's part, already checked against its claim."""
-        self.received.setdefault(index, {})[position] = data
-        self._reduce_if_ready(index)
+        """A sender's part, already checked against its claim; one that comes after the reduction is not kept."""
+        if index not in self._started:
+            self.received.setdefault(index, {})[position] = data
+            self._reduce_if_ready(index)
 
     def drop(self, position: int) -> None:
         """Go on without a sender; parts that it did send still count."""
@@ -297,7 +298,8 @@ class AllReduce:
             try:
                 results: dict[int, bytes] = {}
                 for index in share:
-                    results[index] = await stream.receive_frame(layout.part_bytes(index), RESULT_SECONDS)
+                    results[index] = await stream.receive_data(layout.part_bytes(index), RESULT_SECONDS)
+                    await _check_decodes(layout, index, results[index])  # a receipt for nonsense is nonsense
                 receipt = unseal(await stream.receive_frame(MAX_RECEIPT_BYTES), Receipt, MAX_RECEIPT_BYTES)
                 await sending
             finally:
@@ -364,10 +366,17 @@ async def _receive_parts(stream: Stream, session: Session, position: int, digest
         data = await stream.receive_frame(size, SENDER_SECONDS)
         if len(data) != size or blob_digest(data) != digests[index]:
             raise Reject(f"part {index} of {short(stream.peer)} is not the one it committed to")
-        await asyncio.get_running_loop().run_in_executor(
-            None, session.layout.codec.decode, data, session.layout.part_size(index)
-        )  # refused here, it costs its sender its place; in the reduction it would cost everybody the part
+        await _check_decodes(session.layout, index, data)  # in the reduction it would cost everybody the part
         session.reducer.submit(position, index, data)
+
+
+async def _check_decodes(layout: Layout, index: int, data: bytes) -> None:
+    """Decode a part, off the event loop, only to see that it can be.
+
+    Raises:
+        Reject: it cannot.
+    """
+    await asyncio.get_running_loop().run_in_executor(None, layout.codec.decode, data, layout.part_size(index))
 
 
 def _delta_tree(claim: Claim) -> Tree:

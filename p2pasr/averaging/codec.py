@@ -93,7 +93,8 @@ class Codec:
     def _decode_int8(self, data: bytes | memoryview, values: int) -> Vector:
         scales = np.frombuffer(data, dtype="<f4", count=-(-values // self.block))
         quotients = _padded(np.frombuffer(data, dtype=np.int8, offset=4 * len(scales)), self.block)
-        products: Vector = np.multiply(quotients, scales[:, None], dtype=np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # `decode` refuses what is not finite
+            products: Vector = np.multiply(quotients, scales[:, None], dtype=np.float32)
         return products.reshape(-1)[:values]
 
 

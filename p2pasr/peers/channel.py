@@ -28,6 +28,8 @@ MAX_FRAME_BYTES: Final = 64 * MEBIBYTE
 
 HEADER: Final = struct.Struct(">I")
 
+_OUT_OF_STEP: Final = "the network process's channel is out of step"
+
 ERRORS: Final[dict[str, type[P2pasrError]]] = {
     kind.__name__: kind for kind in (LocalError, NonFiniteStep, Ignore, Reject, TransportError, LinkDown, RoundFailed)
 }
@@ -42,19 +44,39 @@ def encode_frame(message: dict[str, Any]) -> bytes:
 
 
 def read_frame(source: socket.socket) -> dict[str, Any] | None:
-    """Read one message, blocking; None at the end of the stream."""
+    """Read one message, blocking; None at the end of the stream.
+
+    Raises:
+        LocalError, Reject: what comes is no message of ours.
+    """
     header = _read_exactly(source, HEADER.size)
     if header is None:
         return None
-    body = _read_exactly(source, HEADER.unpack(header)[0])
+    body = _read_exactly(source, body_bytes(header))
     return None if body is None else decode_body(body)
 
 
+def body_bytes(header: bytes) -> int:
+    """The length of the body that a header announces.
+
+    Raises:
+        LocalError: no message is that long.
+    """
+    size: int = HEADER.unpack(header)[0]
+    if size > MAX_FRAME_BYTES:
+        raise LocalError(_OUT_OF_STEP)
+    return size
+
+
 def decode_body(body: bytes) -> dict[str, Any]:
-    """The message in a frame."""
+    """The message in a frame.
+
+    Raises:
+        LocalError, Reject: it is none.
+    """
     message = unpack(body, MAX_FRAME_BYTES)
     if not isinstance(message, dict):
-        raise LocalError("the network process's channel is out of step")
+        raise LocalError(_OUT_OF_STEP)
     return message
 
 

@@ -96,6 +96,20 @@ class Stream:
         self._pacer.received += size + _LENGTH_BYTES
         return data
 
+    async def receive_data(self, size: int, timeout: float | None = None) -> bytes:
+        """Receive raw bytes of a known length, or the error that the peer sends in their place.
+
+        Raises:
+            Reject: they have another length.
+            TransportError: they do not come in time, or the peer answers with an error.
+        """
+        data = await self.receive_frame(size, timeout)
+        if len(data) != size:
+            with contextlib.suppress(Reject):
+                self._parse(data)
+            raise Reject(f"{_tail(self.peer)} sends {len(data)} bytes where {size} belong")
+        return data
+
     async def send(self, message: Any) -> None:
         """Send a structured message as canonical msgpack."""
         await self.send_frame(pack(message))
@@ -107,7 +121,10 @@ class Stream:
             Reject: too long, not canonical, or no map.
             TransportError: it does not come in time, or the peer answers with an error.
         """
-        message = unpack(await self.receive_frame(max_bytes, timeout), max_bytes)
+        return self._parse(await self.receive_frame(max_bytes, timeout))
+
+    def _parse(self, data: bytes) -> dict[str, Any]:
+        message = unpack(data, MAX_MESSAGE_BYTES)
         if not isinstance(message, dict):
             raise Reject(f"{_tail(self.peer)} sends something that is no message")
         if isinstance(error := message.get("error"), str):

@@ -140,7 +140,7 @@ def test_bytes_of_another_length_are_refused(codec: Codec, off: int) -> None:
 @EACH
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_part_whose_first_number_is_not_finite_is_refused(codec: Codec, value: float) -> None:
-    # BUG (codec.py, _decode_int8): infinity times the zeros of the padding makes numpy warn on standard error.
+    # In int8, infinity times the zeros of the padding is not a number.
     number = np.array([value], "<f2" if codec.name == "float16" else "<f4").tobytes()
     encoded = codec.encode(random_delta(1, 40))
     with pytest.raises(Reject, match="not finite"):
@@ -148,7 +148,6 @@ def test_a_part_whose_first_number_is_not_finite_is_refused(codec: Codec, value:
 
 
 def test_a_scale_that_makes_a_value_overflow_is_refused_without_a_warning() -> None:
-    # BUG (codec.py, _decode_int8): numpy warns on standard error of what a stranger sent.
     codec = Codec("int8", 16)
     data = np.array([3e38], "<f4").tobytes() + b"\x7f" * 16
     with pytest.raises(Reject, match="not finite"):

@@ -225,3 +225,22 @@ def test_a_field_that_is_missing_or_of_another_type_is_refused(message: dict[str
 
 def test_a_field_of_the_right_type_is_returned() -> None:
     assert field({"x": b"1", "y": 2}, "x", bytes) == b"1"
+
+
+def test_data_of_a_known_length_arrives_or_the_error_in_its_place(tmp_path: Path) -> None:
+    async def talk(ours: Stream, theirs: Stream) -> None:
+        for size in (0, 1, 100):
+            await ours.send_frame(bytes(size))
+            assert await theirs.receive_data(size) == bytes(size)
+        await ours.send({"error": "the disk is full"})
+        with pytest.raises(TransportError, match="…friend refuses: the disk is full"):
+            await theirs.receive_data(100)
+        for other in (b"", bytes(99), pack({"no": "error"}), pack("text")):
+            await ours.send_frame(other)
+            with pytest.raises(Reject, match=f"…friend sends {len(other)} bytes where 100 belong"):
+                await theirs.receive_data(100)
+        await ours.send_frame(bytes(101))
+        with pytest.raises(Reject, match="announces 101 bytes where at most 100 belong"):
+            await theirs.receive_data(100)
+
+    converse(tmp_path, talk)
