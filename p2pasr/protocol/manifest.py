@@ -9,26 +9,41 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from p2pasr.errors import LocalError, P2pasrError, Reject
-from p2pasr.protocol.encoding import MEBIBYTE, blob_digest, pack, unpack
+from p2pasr.protocol.encoding import MAX_DEPTH, MEBIBYTE, blob_digest, pack, unpack
 
 MAX_MANIFEST_BYTES: Final = 16 * MEBIBYTE
 """Longest manifest: about 100,000 shards."""
 
+MAX_PARTS: Final = 8192
+"""Parts that a delta may be cut into, so that one receipt can name them all with a full group for each."""
+
+MAX_CONFIG_DEPTH: Final = MAX_DEPTH - 2
+"""Levels that `task.config` may nest; it is two levels down in the manifest itself."""
+
 HexDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
+M = TypeVar("M", bound=BaseModel)
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-S = TypeVar("S", bound=_Section)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class TaskSection(_Section):
@@ -36,6 +51,11 @@ class TaskSection(_Section):
 
     kind: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,63}$")]
     config: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("config", mode="before")
+    @classmethod
+    def _storable(cls, config: Any) -> Any:
+        return _storable(config, ()) if isinstance(config, dict) else config
 
 
 class RoundSection(_Section):
@@ -116,6 +136,16 @@ class RunConfig(_Section):
     retention: RetentionSection = RetentionSection()
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
 
+    @model_validator(mode="after")
+    def _a_group_is_large_enough(self) -> RunConfig:
+        least, most = self.rounds.min_peers, self.averaging.max_group
+        if least > most:
+            raise ValueError(
+                f"rounds.min_peers ({least}) is more than averaging.max_group ({most}), so that no group could "
+                f"ever average; lower the one or raise the other"
+            )
+        return self
+
 
 class ShardRef(_Section):
     """A shard of the run: its name, and what weights and size limits are computed from."""
@@ -140,7 +170,17 @@ class RunManifest(RunConfig):
     @model_validator(mode="after")
     def _shards_differ(self) -> RunManifest:
         if len({shard.digest for shard in self.shards}) != len(self.shards):
-            raise ValueError("shards are listed twice")
+            raise ValueError("shards are listed twice; leave recordings that repeat others out of the input")
+        return self
+
+    @model_validator(mode="after")
+    def _receipts_can_name_all_parts(self) -> RunManifest:
+        part_values = self.averaging.part_values
+        if self.parameters > MAX_PARTS * part_values:
+            raise ValueError(
+                f"averaging.part_values ({part_values}) cuts {self.parameters} trained values into more than "
+                f"{MAX_PARTS} parts; set it to {-(-self.parameters // MAX_PARTS)} or more"
+            )
         return self
 
     def canonical(self) -> bytes:
@@ -151,6 +191,12 @@ class RunManifest(RunConfig):
     def run_id(self) -> bytes:
         """BLAKE3 of the canonical bytes, 32 bytes: the name of the run."""
         return blob_digest(self.canonical())
+
+    @cached_property
+    def most_seconds_per_round(self) -> float:
+        """The most seconds of audio that one round can merge: a full group, every member with the longest shards."""
+        longest = sorted((shard.seconds for shard in self.shards), reverse=True)
+        return self.averaging.max_group * sum(longest[: self.rounds.shards_per_peer])
 
     def write(self, path: Path) -> None:
         """Write the manifest for people to read and share, as JSON."""
@@ -167,9 +213,9 @@ def read_config(path: Path) -> RunConfig:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader)  # noqa: S506 (a SafeLoader)
     except OSError as error:
         raise LocalError(f"the configuration {path} cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or the 30th of February
         raise LocalError(f"the configuration {path} is not YAML ({' '.join(str(error).split())})") from error
-    return _validated(RunConfig, content, str(path), LocalError)
+    return validated(RunConfig, content, str(path))
 
 
 def read_manifest(path: Path) -> RunManifest:
@@ -182,9 +228,9 @@ def read_manifest(path: Path) -> RunManifest:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LocalError(f"the manifest {path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LocalError(f"the manifest {path} is not JSON ({error})") from error
-    return _validated(RunManifest, content, str(path), LocalError)
+    return validated(RunManifest, content, str(path))
 
 
 def parse_manifest(blob: bytes) -> RunManifest:
@@ -193,14 +239,29 @@ def parse_manifest(blob: bytes) -> RunManifest:
     Raises:
         Reject: too long, not canonical, or not a manifest.
     """
-    manifest = _validated(RunManifest, unpack(blob, MAX_MANIFEST_BYTES), "the manifest", Reject)
+    manifest = validated(RunManifest, unpack(blob, MAX_MANIFEST_BYTES), "the manifest", Reject)
     if manifest.canonical() != blob:
         raise Reject("the manifest is not in canonical form")
     return manifest
 
 
-def validation_message(error: ValidationError, where: str) -> str:
-    """The first problem that pydantic found, as one sentence naming the key."""
+def validated(model: type[M], content: Any, where: str, failure: type[P2pasrError] = LocalError) -> M:
+    """Check content against a pydantic model.
+
+    Args:
+        where: what the content is, for the sentence.
+        failure: what is raised.
+
+    Raises:
+        P2pasrError: the first problem, as one sentence that names the key.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise failure(_sentence(error, where)) from error
+
+
+def _sentence(error: ValidationError, where: str) -> str:
     first = error.errors(include_url=False)[0]
     key = ".".join(map(str, first["loc"]))
     place = f"{where}: {key}" if key else where
@@ -208,15 +269,46 @@ def validation_message(error: ValidationError, where: str) -> str:
         return f"{place} is not a known key; remove it or check its spelling"
     if first["type"] == "missing":
         return f"{place} is missing"
-    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":  # one of ours, which says itself what it found
+        return f"{place}: {first['ctx']['error']}"
+    message = first["msg"]
     return f"{place}: {message[0].lower()}{message[1:]} (found {first['input']!r:.60})"
 
 
-def _validated(model: type[S], content: Any, where: str, failure: type[P2pasrError]) -> S:
+def _storable(value: Any, path: tuple[str, ...]) -> Any:
+    """A value of `task.config` that JSON and msgpack both hold, with lists for all sequences.
+
+    Args:
+        path: the keys that lead to it.
+
+    Raises:
+        ValueError: one of them does not hold it; with its key.
+    """
+    where = ".".join(path)
+    if len(path) > MAX_CONFIG_DEPTH:
+        raise ValueError(f"{where:.60} is more than {MAX_CONFIG_DEPTH} levels deep; nest less")
+    if isinstance(value, list | tuple):
+        return [_storable(item, (*path, str(index))) for index, item in enumerate(value)]
+    if isinstance(value, dict):
+        for key in value:
+            if not (isinstance(key, str) and _is_plain(key)):
+                raise ValueError(f"the key {'.'.join((*path, str(key)))!r} is no text; put it in quotes")
+        return {key: _storable(item, (*path, key)) for key, item in value.items()}
+    if not _is_plain(value):
+        raise ValueError(
+            f"{where} is {value!r:.60}, which a manifest cannot hold; use text, true, false, null or a finite number "
+            f"of at most 64 bits"
+        )
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON and msgpack both hold this scalar."""
     try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        raise failure(validation_message(error, where)) from error
+        pack(value)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, bytes)
 
 
 class _YamlLoader(yaml.SafeLoader):

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
 from p2pasr.errors import LocalError
-from p2pasr.protocol.manifest import validation_message
+from p2pasr.protocol.manifest import validated
 from p2pasr.tasks.base import Checkpoint, SegmentPlan, SegmentReport, Task
 
 __all__ = ["KINDS", "Checkpoint", "SegmentPlan", "SegmentReport", "Task", "build", "pin"]
@@ -53,7 +51,4 @@ def _lora_config(kind: str, config: Mapping[str, Any]) -> Any:
 
     if kind not in KINDS:
         raise LocalError(f"task.kind {kind!r} is not one of {', '.join(KINDS)}")
-    try:
-        return LoraTaskConfig.model_validate(dict(config))
-    except ValidationError as error:
-        raise LocalError(validation_message(error, "task.config")) from error
+    return validated(LoraTaskConfig, dict(config), "task.config")
