@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import signal
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import Any, Final
 from p2pasr import __version__
 from p2pasr.errors import LinkDown, LocalError, P2pasrError, RemoteError, TransportError
 from p2pasr.peers.blobs import GIBIBYTE, BlobStore, file_digest
-from p2pasr.peers.config import LinkConfig, NodeConfig
+from p2pasr.peers.config import LinkConfig, NodeConfig, is_peer_maddr
 from p2pasr.peers.identity import load_or_create
 from p2pasr.peers.identity import lock as lock_identity
 from p2pasr.peers.journal import Journal
@@ -401,7 +400,7 @@ def check_peer_maddr(maddr: str) -> None:
     Raises:
         LocalError: no, and what one looks like.
     """
-    if re.fullmatch(r"/\S+/p2p/[1-9A-HJ-NP-Za-km-z]{46,}(/\S+)?", maddr) is None:
+    if not is_peer_maddr(maddr):
         raise LocalError(
             f"{maddr!r} is not a peer's address; it looks like /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW… "
             f"(the line that a bootstrap node or peer prints when it starts)"

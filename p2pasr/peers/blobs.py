@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Final, Literal, get_args
 
@@ -76,9 +77,10 @@ class BlobStore:
     def commit(self, part: Path, digest: bytes, kind: Kind, *, durable: bool = True) -> None:
         """Sync a finished file and give it its final name; the caller vouches for the digest."""
         if durable:
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(part)
         part.replace(self.root / kind / digest.hex())
+        if durable:
+            sync(self.root / kind)
 
     def lend(self, path: Path, digest: bytes, *, check: bool = True) -> None:
         """Serve a file that lies elsewhere.
@@ -110,16 +112,23 @@ class BlobStore:
         """A blob's bytes.
 
         Raises:
-            LocalError: it is not here, or the disk has damaged it (then it is deleted).
+            LocalError: it is not here, or it is damaged: then it is deleted, or if it was lent, no longer used.
         """
         path = self.find(digest)
         if path is None:
             raise LocalError(f"the blob {digest.hex()[:12]}… is not in {self.root}")
         data = path.read_bytes()
-        if blob_digest(data) != digest:
-            self.discard(digest)
+        if blob_digest(data) == digest:
+            return data
+        self.discard(digest)
+        if self._owns(path):
             raise LocalError(f"{path} was damaged on disk and has been removed; it will be fetched again")
-        return data
+        raise LocalError(f"{path} has changed since it was prepared and is no longer used; restore it")
+
+    def touch(self, path: Path) -> None:
+        """Note that a blob was asked for, so that others are evicted before it; lent files are left as they are."""
+        if self._owns(path):
+            os.utime(path)
 
     def discard(self, digest: bytes) -> None:
         """Forget a blob; lent files stay where they are."""
@@ -131,8 +140,7 @@ class BlobStore:
         """Delete blobs of a kind that are not in `keep`; returns how many went."""
         names = {digest.hex() for digest in keep}
         gone = [path for path in self._files(kind) if path.name not in names]
-        for path in gone:
-            path.unlink(missing_ok=True)
+        _delete(gone)
         return len(gone)
 
     def holds(self, kind: Kind) -> list[bytes]:
@@ -143,20 +151,22 @@ class BlobStore:
         """See that `size` bytes fit, deleting the oldest evictable blobs if need be.
 
         Raises:
-            LocalError: they cannot fit.
+            LocalError: they cannot fit; nothing was deleted.
         """
-        used = sum(path.stat().st_size for kind in KINDS for path in self._files(kind))
-        for kind in EVICTABLE:
-            for path in sorted(self._files(kind), key=lambda path: path.stat().st_mtime):
-                if used + size <= self.budget_bytes:
-                    break
-                used -= path.stat().st_size
-                path.unlink(missing_ok=True)
-        if used + size > self.budget_bytes:
+        stored = {kind: self._by_age(kind) for kind in KINDS}
+        excess = size - self.budget_bytes + sum(status.st_size for blobs in stored.values() for status, _ in blobs)
+        going = []
+        for status, path in itertools.chain.from_iterable(stored[kind] for kind in EVICTABLE):
+            if excess <= 0:
+                break
+            excess -= status.st_size
+            going.append(path)
+        if excess > 0:
             raise LocalError(
                 f"the disk budget of {self.budget_bytes / GIBIBYTE:.1f} GiB for {self.root} is used up; raise it with "
                 f"--disk-gib"
             )
+        _delete(going)
         statistics = os.statvfs(self.root)
         if statistics.f_bavail * statistics.f_frsize < size:
             raise disk_full(self.root, size)
@@ -174,6 +184,23 @@ class BlobStore:
     def _files(self, kind: Kind) -> list[Path]:
         return [path for path in (self.root / kind).iterdir() if len(path.name) == 64]
 
+    def _by_age(self, kind: Kind) -> list[tuple[os.stat_result, Path]]:
+        """The blobs of a kind, what was not asked for the longest first."""
+        found = []
+        for path in self._files(kind):
+            with contextlib.suppress(FileNotFoundError):  # the other process has just deleted it
+                found.append((path.stat(), path))
+        return sorted(found, key=lambda blob: blob[0].st_mtime)
+
+    def _owns(self, path: Path) -> bool:
+        """Whether a file is the store's own, not a lent one."""
+        return path.is_relative_to(self.root)
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
 
 def file_digest(path: Path) -> bytes:
     """BLAKE3 of a file, read in pieces: 32 bytes."""
@@ -182,6 +209,15 @@ def file_digest(path: Path) -> bytes:
         while piece := file.read(1 << 20):
             hasher.update(piece)
     return hasher.digest()
+
+
+def sync(path: Path) -> None:
+    """See that what is in a file survives a power cut; of a folder, the names in it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

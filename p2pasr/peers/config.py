@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -28,6 +29,11 @@ class NodeConfig:
     known_peers: tuple[str, ...] = ()
     client_mode: bool = False
     join_seconds: float = 60.0
+
+
+def is_peer_maddr(text: str) -> bool:
+    """Whether a text has the form of a peer's multiaddr; only libp2p knows whether one can be dialled."""
+    return re.fullmatch(r"/[^\s,]+/p2p/[1-9A-HJ-NP-Za-km-z]{46,}(/[^\s,]+)?", text) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import stat
+import tempfile
 from pathlib import Path
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from p2pasr.errors import LocalError
+from p2pasr.peers.blobs import sync
 from p2pasr.protocol.signing import peer_id
 
 _PROTOBUF_PREFIX: Final = bytes([0x08, 0x01, 0x12, 0x40])
@@ -54,21 +57,30 @@ def load_or_create(path: Path) -> Identity:
     """Read the key at `path`, or make one there that only this user can read.
 
     Raises:
-        LocalError: the file is no key, or others can read it.
+        LocalError: the file is no key, or others can read it, or none can be written there.
     """
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _create(path)
+        except OSError as error:
+            raise LocalError(f"no identity can be written to {path} ({error.strerror})") from error
+    return _load(path)
+
+
+def _create(path: Path) -> None:
+    """Make a key under a temporary name and link it to `path`, so that a kill leaves a whole key or none."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")  # mode 600
+    part = Path(name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return _load(path)
-    except OSError as error:
-        raise LocalError(f"no identity can be written to {path} ({error.strerror})") from error
-    identity = Identity(Ed25519PrivateKey.generate())
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(identity.to_bytes())
-        file.flush()
-        os.fsync(file.fileno())
-    return identity
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(Identity(Ed25519PrivateKey.generate()).to_bytes())
+        sync(part)
+        with contextlib.suppress(FileExistsError):  # another process was faster: its key is the one
+            path.hardlink_to(part)
+        sync(path.parent)
+    finally:
+        part.unlink()
 
 
 def lock(path: Path) -> int:

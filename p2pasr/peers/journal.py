@@ -10,12 +10,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from p2pasr.errors import LocalError
-from p2pasr.peers.blobs import disk_errors
+from p2pasr.peers.blobs import disk_errors, sync
+from p2pasr.peers.config import is_peer_maddr
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +81,7 @@ class Journal:
     @staticmethod
     def read_held(folder: Path) -> dict[int, bytes]:
         """The same, of a folder that a running peer may have locked."""
-        content = _read(folder / "states.json") or {}
-        return {int(number): bytes.fromhex(state) for number, state in content.items()}
+        return _read(folder / "states.json", _parse_held) or {}
 
     def hold(self, round_number: int, state: bytes) -> None:
         """A state is committed; what was held for this round and later ones is forgotten."""
@@ -88,16 +91,7 @@ class Journal:
 
     def pending(self) -> Pending | None:
         """The claim of the round in progress."""
-        content = _read(self.folder / "pending.json")
-        if content is None:
-            return None
-        return Pending(
-            round=content["round"],
-            state=bytes.fromhex(content["state"]),
-            claim=bytes.fromhex(content["claim"]),
-            delta=bytes.fromhex(content["delta"]),
-            checkpoints=tuple(map(bytes.fromhex, content["checkpoints"])),
-        )
+        return _read(self.folder / "pending.json", _parse_pending)
 
     def pend(self, pending: Pending) -> None:
         """Write down a claim before it is published."""
@@ -114,8 +108,7 @@ class Journal:
 
     def traces(self) -> dict[int, dict[str, Any]]:
         """Round → {delta, checkpoints} in hex, as far as they are kept."""
-        content = _read(self.folder / "traces.json") or {}
-        return {int(number): trace for number, trace in content.items()}
+        return _read(self.folder / "traces.json", _parse_traces) or {}
 
     def keep_traces(self, traces: dict[int, dict[str, Any]]) -> None:
         """Replace what :meth:`traces` returns."""
@@ -123,11 +116,11 @@ class Journal:
 
     def known_peers(self) -> tuple[str, ...]:
         """Multiaddrs of peers that were there last time."""
-        return tuple((_read(self.folder / "peers.json") or {}).get("maddrs", ()))
+        return _read(self.folder / "peers.json", _parse_peers) or ()
 
     def remember_peers(self, maddrs: tuple[str, ...]) -> None:
-        """Write down entry points for the next start."""
-        self._write("peers.json", {"maddrs": list(maddrs)})
+        """Write down entry points for the next start; what is no peer's address is left out."""
+        self._write("peers.json", {"maddrs": list(filter(is_peer_maddr, maddrs))})
 
     def record(self, round_number: int, record: bytes) -> None:
         """Add a round record to the lineage."""
@@ -139,17 +132,46 @@ class Journal:
     def _replace(self, path: Path, data: bytes) -> None:
         part = path.with_name(path.name + ".part")
         with disk_errors(self.folder):
-            with part.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            part.write_bytes(data)
+            sync(part)
             part.replace(path)
+            sync(path.parent)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path, parse: Callable[[dict[str, Any]], T]) -> T | None:
+    """What a file holds; None if there is none.
+
+    Raises:
+        LocalError: it is not what was written there.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        return parse(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise LocalError(f"{path} is damaged ({error}); delete it to start from the network's state") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        what = error if isinstance(error, ValueError) else "a field is missing or of another type"
+        raise LocalError(f"{path} is damaged ({what}); delete it to start from the network's state") from error
+
+
+def _parse_held(content: dict[str, Any]) -> dict[int, bytes]:
+    return {int(number): bytes.fromhex(state) for number, state in content.items()}
+
+
+def _parse_pending(content: dict[str, Any]) -> Pending:
+    return Pending(
+        round=int(content["round"]),
+        state=bytes.fromhex(content["state"]),
+        claim=bytes.fromhex(content["claim"]),
+        delta=bytes.fromhex(content["delta"]),
+        checkpoints=tuple(map(bytes.fromhex, content["checkpoints"])),
+    )
+
+
+def _parse_traces(content: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    for trace in content.values():
+        bytes.fromhex("".join([trace["delta"], *trace["checkpoints"]]))
+    return {int(number): trace for number, trace in content.items()}
+
+
+def _parse_peers(content: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(filter(is_peer_maddr, content["maddrs"]))

@@ -16,9 +16,10 @@ from hivemind.dht.node import DHTNode
 from hivemind.dht.protocol import ValidationError
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+from hivemind.utils.multiaddr import Multiaddr
 
 from p2pasr.errors import LocalError, P2pasrError, TransportError
-from p2pasr.peers.config import NodeConfig
+from p2pasr.peers.config import NodeConfig, is_peer_maddr
 from p2pasr.peers.directory import OwnerValidator
 from p2pasr.peers.identity import Identity, load_or_create
 
@@ -81,7 +82,7 @@ class Node:
         _check_ports(() if self.config.client_mode else self.config.host_maddrs)
         deadline = time.monotonic() + self.config.join_seconds
         delay = 1.0
-        entries = [self.config.initial_peers, self.config.known_peers]
+        entries = [self.config.initial_peers, tuple(filter(_can_be_dialled, self.config.known_peers))]
         while True:
             try:
                 await self._start_daemon(entries[0])
@@ -175,6 +176,14 @@ class Node:
             )
         except (ValidationError, RuntimeError) as error:
             raise _explain_dht(error, peers) from error
+
+
+def _can_be_dialled(maddr: str) -> bool:
+    """Whether libp2p can read an address; one that it cannot would keep its daemon from starting."""
+    try:
+        return is_peer_maddr(maddr) and "p2p" in Multiaddr(maddr)
+    except ValueError:
+        return False
 
 
 def _check_ports(maddrs: tuple[str, ...]) -> None:

@@ -24,6 +24,36 @@ def test_a_key_is_made_once_and_found_again(tmp_path: Path) -> None:
     assert path.read_bytes() == made.to_bytes()
 
 
+def test_a_kill_while_a_key_is_made_leaves_no_half_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(_path: Path) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "identity.key"
+    with monkeypatch.context() as context:
+        context.setattr("p2pasr.peers.identity.sync", killed)
+        with pytest.raises(KeyboardInterrupt):
+            load_or_create(path)
+    assert not path.exists()
+    made = load_or_create(path)
+    assert load_or_create(path).peer == made.peer
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_who_makes_a_key_at_the_same_time_takes_the_one_that_was_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, first = tmp_path / "identity.key", make_identity(1)
+
+    def other_is_faster(_part: Path) -> None:
+        if not path.exists():
+            path.write_bytes(first.to_bytes())
+            path.chmod(0o600)
+
+    monkeypatch.setattr("p2pasr.peers.identity.sync", other_is_faster)
+    assert load_or_create(path).peer == first.peer
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_two_keys_are_two_peers(tmp_path: Path) -> None:
     assert load_or_create(tmp_path / "one").peer != load_or_create(tmp_path / "other").peer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,9 +14,11 @@ import pytest
 from p2pasr.errors import LocalError
 from p2pasr.peers.journal import Journal, Pending
 
-from .builders import digest_of
+from .builders import digest_of, make_identity
 
 PENDING = Pending(3, digest_of("state"), b"a claim", digest_of("delta"), (digest_of("one"), digest_of("two")))
+
+MADDRS = tuple(f"/ip4/203.0.113.{number}/tcp/31337/p2p/{make_identity(number).peer}" for number in (5, 6))
 
 
 @pytest.fixture
@@ -71,11 +74,26 @@ def test_a_claim_that_was_written_down_is_found_again_until_the_next(journal: Jo
 def test_traces_peers_and_records_are_found_again(journal: Journal) -> None:
     traces = {3: {"delta": "aa", "checkpoints": ["bb"]}, 4: {"delta": "cc", "checkpoints": []}}
     journal.keep_traces(traces)
-    journal.remember_peers(("/ip4/203.0.113.5/tcp/1", "/ip4/203.0.113.6/tcp/2"))
+    journal.remember_peers(MADDRS)
     journal.record(7, b"record")
     assert reopened(journal).traces() == traces
-    assert journal.known_peers() == ("/ip4/203.0.113.5/tcp/1", "/ip4/203.0.113.6/tcp/2")
+    assert journal.known_peers() == MADDRS
     assert (journal.folder / "lineage" / "00000007.msgpack").read_bytes() == b"record"
+
+
+def test_what_is_no_peers_address_is_neither_remembered_nor_known(journal: Journal) -> None:
+    wrong = ("", "/ip4/203.0.113.5/tcp/1", MADDRS[0] + "," + MADDRS[1], MADDRS[0] + " --help", "-help" + MADDRS[0])
+    journal.remember_peers((*wrong, *MADDRS))
+    assert journal.known_peers() == MADDRS
+    (journal.folder / "peers.json").write_text(json.dumps({"maddrs": [*MADDRS, *wrong]}))
+    assert journal.known_peers() == MADDRS
+
+
+def test_what_is_written_down_survives_a_power_cut(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("p2pasr.peers.journal.sync", synced.append)
+    journal.hold(1, digest_of("state"))
+    assert synced == [journal.folder / "states.json.part", journal.folder]
 
 
 def test_one_process_at_a_time_uses_a_folder(journal: Journal) -> None:
@@ -133,10 +151,16 @@ def test_a_damaged_file_is_one_clear_sentence(journal: Journal, name: str, data:
         ("pending.json", b"{}"),
         ("pending.json", b'{"round": 1, "state": "zz", "claim": "", "delta": "", "checkpoints": []}'),
         ("pending.json", b'{"round": 1, "state": "", "claim": 7, "delta": "", "checkpoints": []}'),
+        ("pending.json", b'{"round": "x", "state": "", "claim": "", "delta": "", "checkpoints": []}'),
+        ("traces.json", b'{"x": {"delta": "", "checkpoints": []}}'),
+        ("traces.json", b'{"0": {"delta": "", "checkpoints": ["zz"]}}'),
+        ("traces.json", b'{"0": {"delta": ""}}'),
+        ("traces.json", b'{"0": 7}'),
+        ("peers.json", b"{}"),
+        ("peers.json", b'{"maddrs": [7]}'),
     ],
 )
 def test_a_file_that_is_json_of_another_form_is_the_same_sentence(journal: Journal, name: str, data: bytes) -> None:
-    # BUG (journal.py): only the JSON is checked, so AttributeError, KeyError, TypeError or ValueError get out.
     check_that_it_is_one_sentence(journal, name, data)
 
 
