@@ -66,7 +66,11 @@ def read_clip(path: Path, limits: ClipLimits) -> Audio:
         RefusedClip: with the reason, for files that are missing, unreadable, too short, too long,
             silent or clipped. At most a second more than the window is ever decoded.
     """
-    if not path.is_file():
+    try:
+        exists = path.is_file()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise RefusedClip(f"it cannot be opened ({error.strerror})") from error
+    if not exists:
         raise RefusedClip("the file does not exist")
     native, rate = _decode(path, limits.window_seconds + 1.0)
     seconds = len(native) / rate
@@ -109,8 +113,8 @@ def _decode_libsndfile(path: Path, max_seconds: float) -> tuple[Audio, int]:
         with soundfile.SoundFile(path) as sound:
             rate = int(sound.samplerate)
             frames = sound.read(int(max_seconds * rate), dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError) as error:
-        raise RefusedClip(f"it cannot be decoded ({error})") from error
+    except soundfile.LibsndfileError as error:
+        raise RefusedClip(f"it cannot be decoded ({error.error_string})") from error
     return np.ascontiguousarray(frames.mean(axis=1, dtype=np.float32)), rate
 
 
@@ -121,22 +125,23 @@ def _decode_pyav(path: Path, max_seconds: float) -> tuple[Audio, int]:
             if not container.streams.audio:
                 raise RefusedClip("it has no audio track")
             stream = container.streams.audio[0]
-            rate = int(stream.rate)
-            to_mono = av.AudioResampler(format="flt", layout="mono", rate=rate)
+            to_planes = av.AudioResampler(format="fltp")
             pieces: list[Audio] = []
-            samples = 0
+            seconds = 0.0
             for frame in container.decode(stream):
-                for mono in to_mono.resample(frame):
-                    piece = mono.to_ndarray().reshape(-1)
-                    pieces.append(piece)
-                    samples += len(piece)
-                if samples > max_seconds * rate:
+                for planes in to_planes.resample(frame):
+                    # Not mixed by FFmpeg, whose stereo comes out 3 dB louder than the mean of its channels.
+                    pieces.append(planes.to_ndarray().mean(axis=0, dtype=np.float32))
+                    rate = int(planes.sample_rate)
+                    seconds += planes.samples / rate
+                if seconds > max_seconds:
                     break
     except (av.FFmpegError, ValueError) as error:
-        raise RefusedClip(f"it cannot be decoded ({error})") from error
+        reason = error.strerror if isinstance(error, av.FFmpegError) else error
+        raise RefusedClip(f"it cannot be decoded ({reason})") from error
     if not pieces:
         raise RefusedClip("it holds no audio")
-    return np.concatenate(pieces).astype(np.float32, copy=False), rate
+    return np.concatenate(pieces), rate
 
 
 def _require(module: str) -> Any:

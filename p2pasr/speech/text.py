@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from p2pasr.errors import LocalError
+from p2pasr.speech.audio import RefusedClip
 
 if TYPE_CHECKING:
     from transformers import WhisperTokenizer
@@ -26,7 +27,12 @@ DIALECTS: dict[str, tuple[str, ...]] = {
 }
 """Dialect code (ISO 639-3 or an English variety) → Whisper language tokens to try, best first."""
 
-_CJK = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_CJK = r"\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+"""〇 and the Han characters, with those of planes 2 and 3 in which much of written Cantonese and Hakka lies."""
+
+_LANGUAGE = re.compile(r"[a-z]{2,3}")
+"""A language's code. The names of Whisper's other special tokens are longer or hold a digit."""
+
 _BETWEEN_CJK = re.compile(rf"(?<=[{_CJK}])\s+(?=[{_CJK}])")
 _SPACES = re.compile(r"\s+")
 
@@ -44,7 +50,7 @@ def language_token(tokenizer: WhisperTokenizer, dialect: str) -> str:
     vocabulary = tokenizer.get_vocab()
     for language in languages:
         token = f"<|{language}|>"
-        if token in vocabulary:
+        if _LANGUAGE.fullmatch(language) and token in vocabulary:
             return token
     tried = ", ".join(f"<|{language}|>" for language in languages)
     raise LocalError(f"the model's vocabulary has no language token for dialect {dialect!r} (tried {tried})")
@@ -56,10 +62,17 @@ def label_ids(tokenizer: WhisperTokenizer, text: str, dialect: str) -> list[int]
     Returns:
         ``<|startoftranscript|> <|language|> <|transcribe|> <|notimestamps|>`` text ``<|endoftext|>``
         as token ids. The decoder's input is all but the last, its label all but the first.
+
+    Raises:
+        LocalError: the vocabulary holds no token for the dialect.
+        RefusedClip: the text contains a special token, such as a timestamp that Whisper wrote.
     """
     prefix = ["<|startoftranscript|>", language_token(tokenizer, dialect), "<|transcribe|>", "<|notimestamps|>"]
-    ids = tokenizer.convert_tokens_to_ids(prefix)
-    return [*ids, *tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    special = tokenizer.added_tokens_decoder
+    if found := [str(special[token]) for token in ids if token in special]:
+        raise RefusedClip(f"its transcript contains {found[0]}, which the tokenizer reads as a special token")
+    return [*tokenizer.convert_tokens_to_ids(prefix), *ids, tokenizer.eos_token_id]
 
 
 def normalise(text: str) -> str:
@@ -81,15 +94,11 @@ def is_unspaced(text: str) -> bool:
 
 
 def _to_simplified(text: str) -> str:
-    if text.isascii():
-        return text
-    return str(_opencc().convert(text))
+    return text if text.isascii() else str(_converter().convert(text))
 
 
 @lru_cache(maxsize=1)
-def _opencc() -> Any:
-    try:
-        import opencc
-    except ImportError as error:
-        raise LocalError("scoring Chinese text needs opencc: pip install 'p2pasr[audio]'") from error
+def _converter() -> Any:
+    import opencc
+
     return opencc.OpenCC("t2s")

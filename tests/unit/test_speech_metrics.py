@@ -35,8 +35,9 @@ def test_silence_gets_every_character_wrong(references: list[str]) -> None:
         (["我想喝水"], ["我想想喝水"], 1 / 4),
         (["我想喝水", "关灯"], ["我想喝水", "开灯"], 1 / 6),
         (["关灯"], ["请你帮我关门"], 5 / 2),
+        (["〇𨋢門"], ["〇𡃁門"], 1 / 3),
     ],
-    ids=["substitution", "deletion", "insertion", "over all characters", "above one"],
+    ids=["substitution", "deletion", "insertion", "over all characters", "above one", "rarer characters"],
 )
 def test_errors_are_counted_over_all_reference_characters(
     references: list[str], hypotheses: list[str], cer: float

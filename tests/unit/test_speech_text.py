@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from p2pasr.errors import LocalError
+from p2pasr.speech.audio import RefusedClip
 from p2pasr.speech.pretrained import Frontend
 from p2pasr.speech.text import DIALECTS, is_unspaced, label_ids, language_token, normalise
 
@@ -92,7 +93,6 @@ def test_nothing_in_parentheses_is_deleted(opening: str, closing: str) -> None:
 
 @pytest.mark.parametrize("text", ["𨋢 門", "𩠌 菜", "〇 一", "𡃁 仔"])
 def test_a_gap_beside_a_rarer_chinese_character_does_not_count_either(text: str) -> None:
-    # BUG (text.py, _CJK): Extension B and 〇, which written Cantonese uses, are not in the class.
     assert normalise(text) == normalise(text.replace(" ", ""))
     assert is_unspaced(normalise(text))
 
@@ -143,7 +143,6 @@ def test_a_dialect_the_model_has_no_token_for_is_an_error_that_says_which_were_t
 
 @pytest.mark.parametrize("dialect", ["translate", "transcribe", "notimestamps", "nospeech", "0.00", "endoftext"])
 def test_a_special_token_that_is_no_language_is_not_taken_for_one(base: Frontend, dialect: str) -> None:
-    # BUG (text.py, language_token): any token spelled <|…|> passes.
     with pytest.raises(LocalError, match="no language token"):
         language_token(base.tokenizer, dialect)
 
@@ -167,13 +166,21 @@ def test_any_text_can_be_taught_and_read_back(base: Frontend, text: str) -> None
     assert base.tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-@pytest.mark.parametrize("text", ["我<|endoftext|>想", "<|translate|>", "<|startoftranscript|>喝水", "等<|0.02|>"])
-def test_text_that_looks_like_a_special_token_is_taught_as_text_or_refused(base: Frontend, text: str) -> None:
-    special = base.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+@pytest.mark.parametrize(
+    ("text", "token"),
+    [
+        ("我<|endoftext|>想", "<|endoftext|>"),
+        ("<|translate|>", "<|translate|>"),
+        ("<|startoftranscript|>喝水", "<|startoftranscript|>"),
+        ("<|0.02|>等<|0.04|>", "<|0.02|>"),
+    ],
+)
+def test_a_transcript_with_a_special_token_is_refused(base: Frontend, text: str, token: str) -> None:
+    with pytest.raises(RefusedClip) as refused:
+        label_ids(base.tokenizer, text, "cmn")
+    assert str(refused.value) == f"its transcript contains {token}, which the tokenizer reads as a special token"
 
-    # BUG (text.py, label_ids): the tokenizer reads it as the token itself, so a transcript can end early.
-    try:
-        ids = label_ids(base.tokenizer, text, "cmn")
-    except LocalError:
-        return
-    assert all(token < special for token in ids[4:-1])
+
+@pytest.mark.parametrize("text", ["<||>", "<|我|>", "<|endoftext", "<| endoftext |>"])
+def test_text_that_only_looks_like_a_special_token_is_text(base: Frontend, text: str) -> None:
+    assert base.tokenizer.decode(label_ids(base.tokenizer, text, "cmn"), skip_special_tokens=True) == text
