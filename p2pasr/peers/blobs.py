@@ -177,9 +177,13 @@ class BlobStore:
             if "-" in path.name:
                 path.unlink(missing_ok=True)
 
-    def partial(self, digest: bytes) -> Path:
-        """Where an unfinished download of a blob is kept."""
-        return self.root / "partial" / digest.hex()
+    def partial(self, digest: bytes, label: str) -> Path:
+        """Where an unfinished download of a blob is kept, apart from others of the same blob."""
+        return self.root / "partial" / f"{digest.hex()}.{label}"
+
+    def drop_partials(self, digest: bytes) -> None:
+        """Remove all unfinished downloads of a blob."""
+        _delete((self.root / "partial").glob(f"{digest.hex()}*"))
 
     def _files(self, kind: Kind) -> list[Path]:
         return [path for path in (self.root / kind).iterdir() if len(path.name) == 64]

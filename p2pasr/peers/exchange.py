@@ -7,11 +7,12 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from p2pasr.errors import P2pasrError, Reject, TransportError
+from p2pasr.errors import LocalError, P2pasrError, Reject, TransportError
 from p2pasr.peers.blobs import Kind, disk_errors, file_digest
 from p2pasr.peers.host import Host
 from p2pasr.peers.streams import Stream, field
@@ -22,6 +23,11 @@ CHUNK_BYTES: Final = MEBIBYTE // 4
 """What is asked for, and kept in memory, at once."""
 
 PARALLEL_PROVIDERS: Final = 4
+"""How many give chunks of one download at once."""
+
+MAX_PROVIDERS: Final = 8
+"""How many are asked at all."""
+
 PROVIDER_TTL_SECONDS: Final = 900.0
 PROGRESS_SECONDS: Final = 1.0
 SIZE_BYTES: Final = 8
@@ -62,7 +68,7 @@ class BlobExchange:
                 continue
             if type(offset) is not int or not 0 <= offset < max(size, 1):
                 raise Reject(f"{short(stream.peer)} asks for byte {offset!r} of {size}")
-            os.utime(path)  # what is asked for is evicted last
+            self._host.store.touch(path)
             await stream.send_frame(_read_chunk(path, offset))
 
     async def _call_provide(self, args: dict[str, Any]) -> dict[str, Any]:
@@ -82,8 +88,6 @@ class BlobExchange:
 
     async def _call_fetch(self, args: dict[str, Any]) -> dict[str, Any]:
         digest: bytes = args["digest"]
-        if (path := self._host.store.find(digest)) is not None:
-            return {"size": path.stat().st_size}
         if (running := self._fetching.get(digest)) is None:
             running = asyncio.create_task(self._fetch(digest, args["kind"], args["max_bytes"], args["peers"]))
             self._fetching[digest] = running
@@ -91,22 +95,55 @@ class BlobExchange:
         return {"size": await running}
 
     async def _fetch(self, digest: bytes, kind: Kind, max_bytes: int, hints: Iterable[str]) -> int:
+        """Get a blob; whoever states a wrong size or sends wrong bytes does not keep the right ones away."""
+        if (size := await self._size_here(digest)) is not None:
+            return size
         providers = await self._providers(digest, hints)
         if not providers:
             raise TransportError(f"nobody on the network offers the {kind} {digest.hex()[:12]}…")
-        size, holders = await self._measure(digest, providers, max_bytes)
-        if size is None:
-            raise TransportError(f"none of {len(providers)} peers gives the {kind} {digest.hex()[:12]}…: {holders[0]}")
-        self._host.store.make_room(size)
+        offers = await self._measure(digest, kind, providers, max_bytes)
+        together = [
+            _Source(str(size), size, tuple(peer for peer in offers if offers[peer] == size))
+            for size in set(offers.values())
+        ]
+        alone = [_Source(f"{size}.{peer}", size, (peer,)) for peer, size in offers.items()]
         try:
-            await self._download(digest, kind, size, holders[:PARALLEL_PROVIDERS])
-        except Reject:  # somebody sent wrong bytes; alone, each provider answers for its own
-            for holder in holders:
-                with contextlib.suppress(P2pasrError):
-                    await self._download(digest, kind, size, [holder])
-                    return size
-            raise
+            size = await self._first_of(together, digest, kind)
+        except (Reject, LocalError):  # somebody sent wrong bytes or states too large a size: now each alone
+            self._host.store.drop_partials(digest)
+            size = await self._first_of(alone, digest, kind)
+        self._host.store.drop_partials(digest)
         return size
+
+    async def _size_here(self, digest: bytes) -> int | None:
+        """The size of a blob that is here and whole; a damaged one is forgotten."""
+        path = self._host.store.find(digest)
+        if path is None:
+            return None
+        if await asyncio.get_running_loop().run_in_executor(None, file_digest, path) == digest:
+            return path.stat().st_size
+        self._host.store.discard(digest)
+        return None
+
+    async def _first_of(self, sources: list[_Source], digest: bytes, kind: Kind) -> int:
+        """Download from several sources at once until one has given the whole blob; returns its size.
+
+        Raises:
+            LocalError: it cannot be written here.
+            Reject: it came with other bytes.
+            TransportError: it did not come, or in part.
+        """
+        downloads = [asyncio.create_task(self._download(digest, kind, source)) for source in sources]
+        errors: list[P2pasrError] = []
+        try:
+            for download in asyncio.as_completed(downloads):
+                try:
+                    return await download
+                except P2pasrError as error:
+                    errors.append(error)
+        finally:
+            await _cancel(downloads)
+        raise min(errors, key=_urgency)
 
     async def _providers(self, digest: bytes, hints: Iterable[str]) -> list[str]:
         records = await self._host.directory.get("provider", digest.hex())
@@ -114,8 +151,12 @@ class BlobExchange:
         others.discard(self._host.peer)
         return random.sample(sorted(others), len(others))
 
-    async def _measure(self, digest: bytes, providers: list[str], max_bytes: int) -> tuple[int | None, list[str]]:
-        """The blob's size and who has it; if nobody does, None and the reasons."""
+    async def _measure(self, digest: bytes, kind: Kind, providers: list[str], max_bytes: int) -> dict[str, int]:
+        """The size that each provider states, of those that state one.
+
+        Raises:
+            TransportError: nobody does.
+        """
         sizes: dict[str, int] = {}
         reasons: list[str] = []
 
@@ -130,59 +171,87 @@ class BlobExchange:
             except P2pasrError as error:
                 reasons.append(str(error))
 
-        await asyncio.gather(*map(ask, providers[: 2 * PARALLEL_PROVIDERS]))
+        await asyncio.gather(*map(ask, providers[:MAX_PROVIDERS]))
         if not sizes:
-            return None, reasons
-        counted = list(sizes.values())
-        size = max(set(counted), key=counted.count)
-        return size, [peer for peer in sizes if sizes[peer] == size]
+            raise TransportError(f"none of {len(providers)} peers gives the {kind} {digest.hex()[:12]}…: {reasons[0]}")
+        return sizes
 
-    async def _download(self, digest: bytes, kind: Kind, size: int, holders: list[str]) -> None:
-        """Fetch the missing chunks from all holders at once, check the whole, and store it.
+    async def _download(self, digest: bytes, kind: Kind, source: _Source) -> int:
+        """Fetch the missing chunks from a source's holders at once, check the whole, and store it.
+
+        Returns:
+            The blob's size.
 
         Raises:
+            LocalError: it cannot be written here.
             Reject: the bytes do not have the digest.
             TransportError: chunks are missing when no holder is left; they are kept for the next try.
         """
-        part = self._host.store.partial(digest)
-        chunks = _Chunks(part, size)
+        store = self._host.store
+        store.make_room(source.size)
+        part = store.partial(digest, source.label)
+        chunks = _Chunks(part, source.size)
+        what = f"the {kind} {digest.hex()[:12]}…"
+        with _writing_errors(store.root):
+            reasons = await self._fill(chunks, digest, kind, source)
+            if not chunks.complete:
+                raise TransportError(f"{what} came in part only: {reasons[0]}")
+            actual = await asyncio.get_running_loop().run_in_executor(None, file_digest, part)
+            if actual != digest:
+                chunks.forget()
+                raise Reject(f"{what} came with other bytes from {', '.join(map(short, source.holders))}")
+            store.commit(part, digest, kind)
+            chunks.forget()
+        return source.size
+
+    async def _fill(self, chunks: _Chunks, digest: bytes, kind: Kind, source: _Source) -> list[str]:
+        """Fetch what is missing until it is there or every holder has failed; returns why they did."""
+        left = list(source.holders)
         reasons: list[str] = []
         shown = time.monotonic()
 
-        async def worker(peer: str) -> None:
-            nonlocal shown
+        async def work(peer: str) -> None:
             try:
                 async with self._host.open(peer, "blob") as stream:
                     while (index := chunks.take()) is not None:
                         try:
                             await stream.send({"digest": digest, "offset": index * CHUNK_BYTES})
-                            chunks.write(index, await stream.receive_frame(CHUNK_BYTES))
-                        except BaseException:
+                            chunks.write(index, await stream.receive_data(chunks.length(index)))
+                        finally:
                             chunks.give_back(index)
-                            raise
-                        if time.monotonic() - shown > PROGRESS_SECONDS:
-                            shown = time.monotonic()
-                            done = chunks.done * CHUNK_BYTES
-                            self._host.emit({"event": "fetch", "kind": kind, "done": min(done, size), "size": size})
+                        show()
             except P2pasrError as error:
+                left.remove(peer)
                 reasons.append(str(error))
 
-        with disk_errors(self._host.store.root):
-            chunks.open()
-            try:
-                await asyncio.gather(*map(worker, holders))
-            finally:
-                chunks.close()
-            if not chunks.complete:
-                raise TransportError(f"the {kind} {digest.hex()[:12]}… came in part only: {reasons[0]}")
-            actual = await asyncio.get_running_loop().run_in_executor(None, file_digest, part)
-            if actual != digest:
-                chunks.forget()
-                raise Reject(
-                    f"the {kind} {digest.hex()[:12]}… came with other bytes from {', '.join(map(short, holders))}"
-                )
-            self._host.store.commit(part, digest, kind)
-            chunks.forget()
+        def show() -> None:
+            nonlocal shown
+            if time.monotonic() - shown > PROGRESS_SECONDS:
+                shown = time.monotonic()
+                done = min(chunks.done * CHUNK_BYTES, source.size)
+                self._host.emit({"event": "fetch", "kind": kind, "done": done, "size": source.size})
+
+        with chunks:
+            while left and not chunks.complete:
+                workers = [asyncio.create_task(work(peer)) for peer in left[:PARALLEL_PROVIDERS]]
+                try:
+                    await asyncio.gather(*workers)
+                finally:  # one that cannot write ends the others before the file is closed
+                    await _cancel(workers)
+        return reasons
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Peers that state the same size of a blob.
+
+    Attributes:
+        label: tells its unfinished download from those of other sources.
+    """
+
+    label: str
+    size: int
+    holders: tuple[str, ...]
 
 
 class _Chunks:
@@ -208,12 +277,17 @@ class _Chunks:
         """Whether all of them are."""
         return all(self._flags)
 
-    def open(self) -> None:
+    def __enter__(self) -> None:
         self._descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.truncate(self._descriptor, self._size)
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
+        self._descriptor = -1
+
+    def length(self, index: int) -> int:
+        """Bytes of a chunk."""
+        return min(CHUNK_BYTES, self._size - index * CHUNK_BYTES)
 
     def take(self) -> int | None:
         return self._todo.pop() if self._todo else None
@@ -223,9 +297,6 @@ class _Chunks:
             self._todo.append(index)
 
     def write(self, index: int, data: bytes) -> None:
-        wanted = min(CHUNK_BYTES, self._size - index * CHUNK_BYTES)
-        if len(data) != wanted:
-            raise Reject(f"a chunk has {len(data)} bytes where {wanted} belong")
         os.pwrite(self._descriptor, data, index * CHUNK_BYTES)
         self._flags[index] = 1
         self._map.write_bytes(self._flags)
@@ -233,6 +304,28 @@ class _Chunks:
     def forget(self) -> None:
         self._part.unlink(missing_ok=True)
         self._map.unlink(missing_ok=True)
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait until they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _urgency(error: P2pasrError) -> int:
+    """Which of several reasons is told: what a person here can mend, then who lied, then who was not there."""
+    return next(rank for rank, kind in enumerate((LocalError, Reject, P2pasrError)) if isinstance(error, kind))
+
+
+@contextlib.contextmanager
+def _writing_errors(where: Path) -> Iterator[None]:
+    """Turn whatever the disk refuses into one sentence."""
+    try:
+        with disk_errors(where):
+            yield
+    except OSError as error:
+        raise LocalError(f"a download cannot be written to {where} ({error.strerror}); check the disk") from error
 
 
 def _read_chunk(path: Path, offset: int) -> bytes:

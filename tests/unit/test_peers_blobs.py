@@ -276,17 +276,26 @@ def test_a_blob_that_the_other_process_deletes_meanwhile_does_no_harm(tmp_path: 
 
 def test_an_unfinished_download_has_a_place_that_is_no_blob(store: BlobStore) -> None:
     digest = blob_digest(b"content")
-    store.partial(digest).write_bytes(b"con")
+    store.partial(digest, "7").write_bytes(b"con")
     assert store.find(digest) is None
-    store.partial(digest).write_bytes(b"content")
-    store.commit(store.partial(digest), digest, "shard")
+    store.partial(digest, "7").write_bytes(b"content")
+    store.commit(store.partial(digest, "7"), digest, "shard")
     assert store.get(digest) == b"content"
-    assert not store.partial(digest).exists()
+    assert not store.partial(digest, "7").exists()
+
+
+def test_unfinished_downloads_of_one_blob_are_apart_and_go_together(store: BlobStore) -> None:
+    digest, other = blob_digest(b"content"), blob_digest(b"other")
+    paths = [store.partial(digest, "7"), store.partial(digest, "8"), store.partial(other, "7")]
+    for path in paths:
+        path.write_bytes(b"con")
+    store.drop_partials(digest)
+    assert [path.exists() for path in paths] == [False, False, True]
 
 
 def test_tidying_removes_what_a_killed_writer_left_and_keeps_downloads(store: BlobStore) -> None:
     digest = blob_digest(b"content")
-    download = store.partial(digest)
+    download = store.partial(digest, "7")
     download.write_bytes(b"con")
     download.with_name(download.name + ".map").write_bytes(b"\x01")
     (store.root / "partial" / f"{digest.hex()[:16]}-abcdef").write_bytes(b"con")
