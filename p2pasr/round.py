@@ -18,17 +18,18 @@ from p2pasr import __version__
 from p2pasr.averaging import outer
 from p2pasr.averaging.codec import Layout, flatten, unflatten
 from p2pasr.averaging.merkle import Tree, part_digests
-from p2pasr.errors import LocalError, NonFiniteStep, RemoteError, RoundFailed, TransportError
+from p2pasr.errors import LocalError, NonFiniteStep, Reject, RemoteError, RoundFailed, TransportError
 from p2pasr.peers import sync as syncing
 from p2pasr.peers.blobs import BlobStore, file_digest
 from p2pasr.peers.identity import Identity
 from p2pasr.peers.journal import Journal, Pending
 from p2pasr.peers.link import Link
 from p2pasr.peers.records import Records
-from p2pasr.protocol.agreement import quorum
+from p2pasr.protocol.agreement import Agreement, quorum
 from p2pasr.protocol.assignment import assign, segment_seed
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import (
+    MAX_ANCESTORS,
     MAX_RECEIPT_BYTES,
     Attestation,
     Claim,
@@ -69,6 +70,7 @@ ATTEMPTS: Final = 3
 """How often averaging is tried before the round starts over."""
 
 SHARD_SECONDS: Final = 600.0
+STATUS_SECONDS: Final = 20.0
 
 
 @dataclass
@@ -78,10 +80,13 @@ class Member:
     Attributes:
         like: the initial parameters, for names and shapes.
         state: what this peer holds; replaced only by a committed round or by the state that holds.
+        lineage: digests of the states that `state` grew from, the newest first, as far as they are known.
         attested: this peer's current attestation, None before its first.
+        unsettled: what this peer made of the round and attests, while not enough others do.
         fresh: whether it fetched or loaded its state instead of taking part in the round before.
         closes_at: when this peer's training of the round ends at the latest, seconds since 1970.
         whole: shards whose bytes this process has compared with their digests.
+        traffic: bytes sent and received, and connections open, when last counted.
     """
 
     manifest: RunManifest
@@ -95,10 +100,19 @@ class Member:
     like: Tensors
     state: State
     client_mode: bool = False
+    lineage: tuple[bytes, ...] = ()
     attested: Signed[Attestation] | None = None
+    unsettled: Result | None = None
     fresh: bool = True
     closes_at: float = 0.0
     whole: set[bytes] = field(default_factory=set)
+    traffic: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("bytes_sent", "bytes_received", "connections"), 0)
+    )
+
+    def __post_init__(self) -> None:
+        self.lineage = self.line_to(self.state)
+        self._view = _view(self.manifest, self.state)
 
     @property
     def peer(self) -> str:
@@ -108,7 +122,17 @@ class Member:
     @property
     def view(self) -> RoundView:
         """What the rules judge this round's records against."""
-        return RoundView(self.manifest, self.state.run, self.state.round, self.state.digest, self.state.covered)
+        if self._view.state != self.state.digest:
+            self._view = _view(self.manifest, self.state)
+        return self._view
+
+    def line_to(self, state: State) -> tuple[bytes, ...]:
+        """Digests of the states that a state grew from, the newest first, as far as they are known here."""
+        if state.digest == self.state.digest and self.lineage:
+            return self.lineage
+        if state.parent == self.state.digest:
+            return (self.state.digest, *self.lineage)[:MAX_ANCESTORS]
+        return (state.parent,) if state.round > 0 else ()
 
     def say(self, stage: Stage, segments: int = 0) -> None:
         """Tell the others what this peer does now."""
@@ -133,6 +157,10 @@ class Member:
         self.report.emit("step", message, step=name, round=self.state.round, state=self.state.digest)
 
 
+def _view(manifest: RunManifest, state: State) -> RoundView:
+    return RoundView(manifest, state.run, state.round, state.digest, state.covered)
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """What a peer trained in a round, committed to but not yet averaged."""
@@ -152,6 +180,16 @@ class Merged:
     average: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a peer made of a round: the next state, how it came about, and who must agree before it counts."""
+
+    after: State
+    work: Work
+    merged: Merged
+    electorate: frozenset[str]
+
+
 def run_round(member: Member) -> bool:
     """Take part in one round.
 
@@ -163,7 +201,8 @@ def run_round(member: Member) -> bool:
         LocalError: something here must be mended by a person.
         TransportError: the network is not there; the call can be repeated.
     """
-    sync(member)
+    if sync(member):
+        return True
     if not ready_to_train(member):
         return False
     work = resume(member)
@@ -180,16 +219,16 @@ def run_round(member: Member) -> bool:
             return False
         try:
             merged = average(member, work, expected)
-            after = apply(member, merged)
-            attestations = attest(member, after, merged, expected)
+            result = apply(member, work, merged, expected)
+            attestations = attest(member, result)
         except (TransportError, RemoteError) as error:
             reasons.append(str(error))
             member.report.warn(f"round {member.state.round} is not averaged yet: {error}")
             if overtaken(member):
                 return False
             continue
-        audit(member, after, merged, attestations)
-        settle(member, after, merged, work)
+        audit(member, result, attestations)
+        settle(member, result)
         return True
     raise RoundFailed(f"round {member.state.round} was not averaged in {ATTEMPTS} attempts: {reasons[-1]}")
 
@@ -197,35 +236,79 @@ def run_round(member: Member) -> bool:
 # --- sync ---------------------------------------------------------------------------------------
 
 
-def sync(member: Member) -> None:
-    """Hold the state that most peers attest; fetch it if it is not ours."""
+def sync(member: Member) -> bool:
+    """Hold the state that most peers attest; fetch it if it is not ours.
+
+    Returns:
+        Whether our own result of the round was committed by that: its quorum came after we waited for it.
+    """
     member.step("sync", f"round {member.state.round}: looking for the state that holds")
-    others = {peer: signed.message for peer, signed in member.records.attestations(member.manifest).items()}
-    own = member.attested.message if member.attested is not None else None
-    agreement = syncing.newest_state(member.state, own, others, member.journal)
+    seen = attestations(member)
+    late = member.unsettled
+    if late is not None and agreeing(late, seen)[0]:
+        member.unsettled = None
+        member.report.emit("late", f"round {member.state.round}: enough peers attest its result by now")
+        audit(member, late, attesters(late, seen))
+        settle(member, late)
+        return True
+    agreement = what_holds(member, seen)
     if agreement is not None:
         member.report.wait(f"{agreement.reason}; fetching it")
-        state = syncing.adopt(member.link, member.store, member.manifest, member.like, agreement, others)
-        hold(member, state)
+        votes = [signed.message for signed in seen.values()]
+        hold(member, syncing.adopt(member.link, member.store, member.manifest, member.like, agreement, votes))
         member.fresh = True
-    if member.attested is None or member.attested.message.state != member.state.digest:
+    if member.attested is None or member.attested.message.at(member.state.round) != member.state.digest:
         publish_attestation(member, member.state)
+    return False
+
+
+def attestations(member: Member) -> dict[str, Signed[Attestation]]:
+    """What everybody attests now, this peer too if it has said anything since it started."""
+    seen = member.records.attestations(member.manifest)
+    if member.attested is not None:
+        seen[member.peer] = member.attested
+    return seen
+
+
+def what_holds(member: Member, seen: dict[str, Signed[Attestation]]) -> Agreement | None:
+    """The state that holds, if it is another than ours."""
+    votes = [signed.message for signed in seen.values()]
+    return syncing.newest_state(member.state, votes, electorate(member, votes), member.journal)
+
+
+def electorate(member: Member, votes: Sequence[Attestation]) -> set[str]:
+    """Who has a say in what comes of the round under way: the peers that claimed in it or still train.
+
+    This peer is one of them while its own part can still be averaged, or when it has a result of its own; otherwise
+    it follows the rest.
+    """
+    number, state = member.state.round, member.state.digest
+    if not any(vote.at(number) == state and vote.at(number + 1) for vote in votes):
+        return set()  # nobody says that the round is over
+    working = {p for p, r in member.records.roster().items() if (r.round, r.state) == (number, state)}
+    if member.unsettled is not None or time.time() < member.closes_at + member.manifest.rounds.grace_seconds:
+        working.add(member.peer)
+    return working | set(member.records.claims(member.view))
 
 
 def hold(member: Member, state: State) -> None:
     """Make a state ours, on disk first."""
     member.store.put("state", state.blob)
     member.journal.hold(state.round, state.digest)
+    member.lineage = member.line_to(state)
     member.state = state
+    member.unsettled = None
+    member.closes_at = 0.0
     kept = sorted(member.journal.held().items())[-member.manifest.retention.state_rounds :]
     member.store.retain("state", {digest for _, digest in kept})
 
 
 def overtaken(member: Member) -> bool:
-    """Whether the others have agreed on a result of this round without us."""
-    others = {peer: signed.message for peer, signed in member.records.attestations(member.manifest).items()}
-    own = member.attested.message if member.attested is not None else None
-    agreement = syncing.newest_state(member.state, own, others, member.journal)
+    """Whether the others have agreed on a result of this round without waiting for us."""
+    seen = attestations(member)
+    if member.unsettled is not None and agreeing(member.unsettled, seen)[0]:
+        return True
+    agreement = what_holds(member, seen)
     if agreement is not None:
         member.report.wait(f"{agreement.reason}; joining it")
     return agreement is not None
@@ -371,6 +454,7 @@ def wait_for_next_round(member: Member) -> None:
     Raises:
         LocalError: nobody finished it either, so that trying it again would end the same way.
     """
+    member.closes_at = 0.0
     member.say("waiting")
     rounds = member.manifest.rounds
     deadline = time.time() + rounds.max_seconds + rounds.grace_seconds
@@ -462,23 +546,27 @@ def wait_for_claims(member: Member) -> set[str] | None:
         Their IDs, this peer's among them; None when the round was over before it came to that.
     """
     rounds = member.manifest.rounds
-    closes = max(member.closes_at, time.time()) + rounds.grace_seconds
+    began = time.time()
+    alone_before = False
     while True:
         roster = member.records.roster()
-        here = {p for p, r in roster.items() if (r.round, r.state) == (member.state.round, member.state.digest)}
-        busy = {p for p in here if roster[p].stage != "waiting"}
+        here = {p: r for p, r in roster.items() if (r.round, r.state) == (member.state.round, member.state.digest)}
         claims = set(member.records.claims(member.view))
-        ready = (claims & set(roster)) | {member.peer}
-        training = busy - claims
+        ready = (claims & set(here)) | {member.peer}
+        training = {p: r for p, r in here.items() if r.stage != "waiting" and p not in claims}
+        theirs = min(max((r.closes_at for r in training.values()), default=0.0), began + rounds.max_seconds)
+        closes = max(began, member.closes_at, theirs) + rounds.grace_seconds
         closed = time.time() > closes
-        if len(ready) >= rounds.min_peers and (not training or closed):
+        alone = len(ready) == 1
+        if len(ready) >= rounds.min_peers and (not training or closed) and (alone_before or not alone):
             return ready
+        alone_before = alone  # one look at the directory can miss everybody, two in a row hardly
         if training and not closed:
             member.report.wait(
                 f"round {member.state.round}: waiting for {len(training)} peers that still train "
                 f"({', '.join(sorted(map(short, training)))}), {closes - time.time():.0f} s at most"
             )
-        else:
+        elif len(ready) < rounds.min_peers:
             missing = rounds.min_peers - len(ready)
             member.report.wait(f"round {member.state.round}: {missing} more claims are needed before averaging")
         if overtaken(member):
@@ -515,105 +603,121 @@ def average(member: Member, work: Work, expected: set[str]) -> Merged:
 # --- apply --------------------------------------------------------------------------------------
 
 
-def apply(member: Member, merged: Merged) -> State:
-    """The next state: the outer optimizer's step on the decoded average, the ledger over its claims."""
+def apply(member: Member, work: Work, merged: Merged, expected: set[str]) -> Result:
+    """The next state: the outer optimizer's step on the decoded average, the ledger over its claims.
+
+    Raises:
+        Reject: its parameters would not be finite.
+    """
     member.step("apply", f"round {member.state.round}: applying the average of {len(merged.members)} peers")
     layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
     vector = layout.decode(member.store.get(merged.average))
     params, moments = outer.step(
         member.state.params, member.state.moments, unflatten(vector, member.like), member.manifest.averaging.outer
     )
+    if not all(np.isfinite(value).all() for value in (*params.values(), *moments.values())):
+        raise Reject("the average moves the parameters beyond what float32 holds")
     claims = [merged.members[position].message for position in in_every_part(merged.receipts)]
-    return advance(member.state, member.manifest, claims, params, moments)
+    after = advance(member.state, member.manifest, claims, params, moments)
+    return Result(after, work, merged, frozenset(expected | {claim.message.peer for claim in merged.members}))
 
 
 # --- attest -------------------------------------------------------------------------------------
 
 
-def attest(member: Member, after: State, merged: Merged, expected: set[str]) -> tuple[Signed[Attestation], ...]:
+def attest(member: Member, result: Result) -> tuple[Signed[Attestation], ...]:
     """Sign the new state and wait until more than half of the round's peers have signed the same.
 
     Returns:
         The attestations that make the quorum.
 
     Raises:
-        TransportError: no quorum; our attestation is withdrawn.
+        TransportError: no quorum in time. Our attestation stands, and should the quorum come later, the
+            result counts then: to take a vote back could split those who have counted it already.
     """
+    after = result.after
     member.step("attest", f"round {member.state.round}: attesting state {after.digest.hex()[:8]}")
-    electorate = expected | {claim.message.peer for claim in merged.members}
     member.store.put("state", after.blob)
-    previous = member.attested
-    own = publish_attestation(member, after)
+    publish_attestation(member, after)
+    member.unsettled = result
     deadline = time.monotonic() + QUORUM_SECONDS
     while True:
-        seen = member.records.attestations(member.manifest)
-        seen[member.peer] = own
-        enough, reason = quorum(after.digest, [signed.message for signed in seen.values()], electorate)
+        seen = attestations(member)
+        enough, reason = agreeing(result, seen)
         if enough:
-            return tuple(s for s in seen.values() if after.digest in (s.message.state, s.message.parent))
+            return attesters(result, seen)
         if time.monotonic() > deadline:
-            break
+            raise TransportError(f"no quorum within {QUORUM_SECONDS:.0f} s: {reason}")
         member.report.wait(f"round {member.state.round}: {reason}; waiting for more")
         time.sleep(POLL_SECONDS)
-    if previous is not None:
-        publish_attestation(member, member.state)
-    raise TransportError(f"no quorum within {QUORUM_SECONDS:.0f} s: {reason}")
 
 
-def publish_attestation(member: Member, state: State) -> Signed[Attestation]:
+def agreeing(result: Result, seen: dict[str, Signed[Attestation]]) -> tuple[bool, str]:
+    """Whether more than half of a round's peers attest this result, and the sentence that says so."""
+    votes = [signed.message for signed in seen.values()]
+    return quorum(result.after.round, result.after.digest, votes, result.electorate)
+
+
+def attesters(result: Result, seen: dict[str, Signed[Attestation]]) -> tuple[Signed[Attestation], ...]:
+    """The attestations that speak for a result."""
+    return tuple(s for s in seen.values() if s.message.at(result.after.round) == result.after.digest)
+
+
+def publish_attestation(member: Member, state: State) -> None:
     """Attest a state in the directory; the state must be in the store, for others will ask for it."""
-    parent = state.parent if state.round > 0 else state.digest
     member.attested = seal(
         member.identity,
-        Attestation(state.run, member.peer, state.round, state.digest, parent, float(state.work)),
+        Attestation(state.run, member.peer, state.round, state.digest, member.line_to(state), float(state.work)),
     )
     member.records.announce_attestation(member.attested)
-    return member.attested
 
 
 # --- audit --------------------------------------------------------------------------------------
 
 
-def audit(member: Member, after: State, merged: Merged, attestations: tuple[Signed[Attestation], ...]) -> None:
+def audit(member: Member, result: Result, seen: tuple[Signed[Attestation], ...]) -> None:
     """Check the round's record once more as a stranger would, and keep it."""
     member.step("audit", f"round {member.state.round}: checking the round's record")
+    merged = result.merged
     record = RoundRecord(
         run=member.state.run,
         round=member.state.round,
         before=member.state.digest,
-        after=after.digest,
+        after=result.after.digest,
         group=merged.group,
         members=merged.members,
         receipts=merged.receipts,
         average=merged.average,
-        attestations=attestations,
+        attestations=seen,
     )
     packed = record.pack()
     check_record(RoundRecord.unpack(packed), member.view, member.store.get(merged.average))
     member.journal.record(member.state.round, packed)
 
 
-def settle(member: Member, after: State, merged: Merged, work: Work) -> None:
-    """The round is committed: hold its state, keep what may be asked for, let the rest go."""
-    finished = member.state.round
+def settle(member: Member, result: Result) -> None:
+    """The round is committed: hold its state, keep what may be asked for, let the rest go, and say so."""
+    finished, after, work = member.state.round, result.after, result.work
     hold(member, after)
     member.fresh = False
     retention = member.manifest.retention.checkpoint_rounds
     retain_traces(member.journal, member.store, finished, work.delta, work.checkpoints, retention)
-    member.store.retain("average", {merged.average})
-    roster = member.records.roster()
-    member.journal.remember_peers(tuple(a for r in roster.values() for a in r.addresses)[:32])
-    status = member.link.call("status", 20.0)
+    member.store.retain("average", {result.merged.average})
+    peers = [claim.message.peer for claim in result.merged.members]
+    try:
+        member.journal.remember_peers(tuple(a for r in member.records.roster().values() for a in r.addresses)[:32])
+        status = member.link.call("status", STATUS_SECONDS)
+        member.traffic = {name: status[name] for name in member.traffic}
+    except TransportError as error:  # the round stands all the same
+        member.report.warn(f"what was sent in round {finished} is not counted: {error}")
     member.report.emit(
         "round",
-        f"round {finished} is done: state {after.digest.hex()[:8]}, {len(merged.members)} peers, "
-        f"{after.work:.0f} s of audio so far, {status['bytes_sent'] / 1e6:.1f} MB sent",
+        f"round {finished} is done: state {after.digest.hex()[:8]}, {len(peers)} peers, "
+        f"{after.work:.0f} s of audio so far, {member.traffic['bytes_sent'] / 1e6:.1f} MB sent",
         round=finished,
         state=after.digest,
-        peers=[claim.message.peer for claim in merged.members],
+        peers=peers,
         epoch=after.epoch,
         work=after.work,
-        bytes_sent=status["bytes_sent"],
-        bytes_received=status["bytes_received"],
-        connections=status["connections"],
+        **member.traffic,
     )

@@ -9,9 +9,9 @@ from p2pasr.errors import Reject, TransportError
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.peers.journal import Journal
 from p2pasr.peers.link import Link
-from p2pasr.protocol.agreement import Agreement, agree
+from p2pasr.protocol.agreement import Agreement, agree, result_of
 from p2pasr.protocol.manifest import MAX_MANIFEST_BYTES, RunManifest, parse_manifest
-from p2pasr.protocol.messages import Attestation
+from p2pasr.protocol.messages import MAX_ANCESTORS, Attestation
 from p2pasr.protocol.state import State, max_state_bytes, parse_state
 from p2pasr.protocol.tensors import Tensors
 
@@ -71,24 +71,29 @@ def fetch_state(
 
 
 def newest_state(
-    own: State, attested: Attestation | None, others: dict[str, Attestation], journal: Journal
+    own: State, attestations: Collection[Attestation], electorate: Collection[str], journal: Journal
 ) -> Agreement | None:
     """Whether another state than ours holds, and if so which.
 
     Args:
         own: the state this peer holds.
-        attested: this peer's own attestation, if it has published one since it started.
-        others: everybody else's, by peer.
+        attestations: the current ones, this peer's among them if it has published one since it started.
+        electorate: who has a say in what comes of the round that starts from `own`.
         journal: knows which states this peer held before.
 
     Returns:
         What holds instead of `own`, or None if `own` (or an ancestor that it grew from) does.
     """
-    attestations = [*others.values(), *([attested] if attested is not None else [])]
-    agreement = agree(attestations)
+    result = result_of(own.round, own.digest, attestations, electorate)
+    if result is not None:
+        return result
+    held = journal.held()
+    # Those who stayed so far behind us that nobody speaks for their state any more tell nothing about what holds now.
+    recent = [a for a in attestations if a.round + MAX_ANCESTORS >= own.round or held.get(a.round) != a.state]
+    agreement = agree(recent)
     if agreement.state is None or agreement.state == own.digest:
         return None
-    if agreement.round is not None and journal.held().get(agreement.round) == agreement.state:
+    if agreement.round is not None and held.get(agreement.round) == agreement.state:
         return None  # the others are where we have been
     return agreement
 
@@ -99,7 +104,7 @@ def adopt(
     manifest: RunManifest,
     like: Tensors,
     agreement: Agreement,
-    others: dict[str, Attestation],
+    attestations: Collection[Attestation],
 ) -> State:
     """Fetch the state that holds and compare it with what its supporters attest.
 
@@ -110,7 +115,7 @@ def adopt(
     if agreement.state is None:
         raise TransportError(agreement.reason)
     state = fetch_state(link, store, manifest, like, agreement.state, agreement.supporters)
-    attested = {a.work for a in others.values() if a.state == agreement.state}
+    attested = {a.work for a in attestations if a.state == agreement.state}
     if state.round != agreement.round or (attested and state.work not in attested):
         raise Reject(f"state {agreement.state.hex()[:8]} is not what its supporters attest")
     return state

@@ -23,6 +23,9 @@ MAX_RECORD_BYTES: Final = 8 * 1024
 MAX_RECEIPT_BYTES: Final = 1 << 20
 """Longest receipt: it names every part of one reducer, and travels on a stream, not in the DHT."""
 
+MAX_ANCESTORS: Final = 16
+"""How many rounds back an attestation speaks."""
+
 Digest = Annotated[bytes, Len(DIGEST_BYTES, DIGEST_BYTES)]
 PeerId = Annotated[str, StringConstraints(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$")]
 GroupId = Annotated[bytes, Len(8, 64)]
@@ -103,11 +106,12 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Attestation:
-    """I computed this state: a peer's signature under the state before round `round`.
+    """I hold this state: a peer's signature under the state before round `round`.
 
     Attributes:
         state: its digest; the state blob has the same digest.
-        parent: digest of the state one round earlier (of itself for the first).
+        ancestors: digests of the states that it grew from, the one of the round before first, as far
+            back as the peer knows them.
         work: seconds of audio merged into the state since the start of the run.
     """
 
@@ -118,8 +122,15 @@ class Attestation:
     peer: PeerId
     round: Round
     state: Digest
-    parent: Digest
+    ancestors: Annotated[tuple[Digest, ...], MaxLen(MAX_ANCESTORS)]
     work: Amount
+
+    def at(self, number: int) -> bytes | None:
+        """Digest of the state before round `number` on the line that this peer attests, where it says so."""
+        back = self.round - number
+        if back == 0:
+            return self.state
+        return self.ancestors[back - 1] if 0 < back <= len(self.ancestors) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from p2pasr.errors import Ignore, Reject
 from p2pasr.protocol.assignment import assign
@@ -26,6 +26,13 @@ class RoundView:
     round: int
     state: bytes
     covered: Mapping[str, int]
+    _assigned: dict[str, tuple[bytes, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def assigned(self, peer: str) -> tuple[bytes, ...]:
+        """Digests of a peer's shards for the round, computed once, for claims are read again and again."""
+        if peer not in self._assigned:
+            self._assigned[peer] = assign(self.manifest, self.state, self.covered, peer)
+        return self._assigned[peer]
 
 
 def check_claim(claim: Claim, view: RoundView) -> None:
@@ -46,7 +53,7 @@ def check_claim(claim: Claim, view: RoundView) -> None:
     if claim.state != view.state:
         raise Ignore(f"{who} starts from another state ({claim.state.hex()[:8]}, not {view.state.hex()[:8]})")
     # C4 It names the assigned shards, all of them, in order.
-    if claim.shards != assign(view.manifest, view.state, view.covered, claim.peer):
+    if claim.shards != view.assigned(claim.peer):
         raise Reject(f"{who} names other shards than it was assigned")
     # C5 Its numbers follow from the manifest and the number of segments.
     rounds = view.manifest.rounds
@@ -82,9 +89,13 @@ def check_attestation(attestation: Attestation, manifest: RunManifest, run: byte
     # A2 A run has so many rounds; a state after the last is nobody's.
     if attestation.round > manifest.rounds.rounds:
         raise Reject(f"{who} is for round {attestation.round}, the run has {manifest.rounds.rounds}")
-    # A3 Every state but the first has another as its parent.
-    if (attestation.round == 0) != (attestation.parent == attestation.state):
-        raise Reject(f"{who} names an impossible parent")
+    # A3 Every state but the first grew from another, one a round.
+    line = (attestation.state, *attestation.ancestors)
+    if (attestation.round > 0 and len(line) == 1) or len(line) > attestation.round + 1 or len(set(line)) < len(line):
+        raise Reject(f"{who} names impossible ancestors")
+    # A4 No state holds more work than its rounds can have merged; the sum is made in another order, hence the margin.
+    if attestation.work > 1.001 * attestation.round * manifest.most_seconds_per_round:
+        raise Reject(f"{who} states {attestation.work:.0f} s of audio, which {attestation.round} rounds cannot hold")
 
 
 def check_receipts(

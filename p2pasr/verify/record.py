@@ -145,5 +145,5 @@ def check_record(record: RoundRecord, view: RoundView, average: bytes) -> None:
         raise Reject(f"nobody attests state {record.after.hex()[:8]}, which the record says came of the round")
     for attestation in (signed.message for signed in record.attestations):
         check_attestation(attestation, view.manifest, view.run)
-        if record.after not in (attestation.state, attestation.parent):
+        if attestation.at(record.round + 1) != record.after or attestation.at(record.round) != record.before:
             raise Reject(f"{short(attestation.peer)} attests another state than the record says came of the round")

@@ -18,7 +18,7 @@ import pytest
 from p2pasr.errors import Reject
 from p2pasr.peers.sync import newest_state
 from p2pasr.protocol.agreement import quorum
-from p2pasr.protocol.messages import Attestation
+from p2pasr.protocol.messages import MAX_ANCESTORS, Attestation
 from p2pasr.protocol.state import State, advance, parse_state
 from tests.unit.builders import (
     initial_params,
@@ -50,6 +50,8 @@ class Peer:
     state: State = GENESIS
     online: bool = True
     attested: Attestation | None = None
+    lineage: tuple[bytes, ...] = ()
+    unsettled: tuple[State, set[str]] | None = None
     states: dict[int, bytes] = field(default_factory=lambda: {0: GENESIS.digest})
 
     def __post_init__(self) -> None:
@@ -62,7 +64,15 @@ class Peer:
     def hold(self, state: State) -> None:
         self.states = {number: digest for number, digest in self.states.items() if number < state.round}
         self.states[state.round] = state.digest
-        self.state = state
+        self.lineage = self.line_to(state)
+        self.state, self.unsettled = state, None
+
+    def line_to(self, state: State) -> tuple[bytes, ...]:
+        if state.digest == self.state.digest:
+            return self.lineage
+        if state.parent == self.state.digest:
+            return (self.state.digest, *self.lineage)[:MAX_ANCESTORS]
+        return (state.parent,)
 
 
 class World:
@@ -79,6 +89,7 @@ class World:
         self.board: dict[str, list[tuple[float, Attestation]]] = {}
         self.blobs = {GENESIS.digest: GENESIS.blob}
         self.lies: set[bytes] = set()
+        self.claimed: dict[bytes, set[str]] = {}
         self.committed = 0
 
     @property
@@ -109,8 +120,15 @@ class World:
 
     def sync(self, peer: Peer) -> None:
         """What `round.sync` does."""
-        others = self.seen_by(peer)
-        agreement = newest_state(peer.state, peer.attested, others, peer)
+        votes = self.votes_seen_by(peer)
+        if peer.unsettled is not None:
+            after, electorate = peer.unsettled
+            if quorum(after.round, after.digest, votes, electorate)[0]:
+                peer.hold(after)
+                self.committed += 1
+                return
+        electorate = self.claimed.get(peer.state.digest, set()) - (set() if peer.unsettled else {peer.name})
+        agreement = newest_state(peer.state, votes, electorate, peer)
         if agreement is not None and agreement.state in self.blobs:
             try:
                 state = parse_state(self.blobs[agreement.state], MANIFEST, LIKE)
@@ -118,12 +136,12 @@ class World:
                 state = peer.state
             if (state.round, state.digest) == (agreement.round, agreement.state):
                 peer.hold(state)
-        if peer.attested is None or peer.attested.state != peer.state.digest:
+        if peer.attested is None or peer.attested.at(peer.state.round) != peer.state.digest:
             self.attest(peer, peer.state)
         assert peer.state.digest not in self.lies, f"…{peer.name[-6:]} believes a lie: {agreement}"
 
     def attest(self, peer: Peer, state: State) -> None:
-        peer.attested = make_attestation(peer.identity, state)
+        peer.attested = make_attestation(peer.identity, state, ancestors=peer.line_to(state))
         self.publish(peer.attested)
 
     def renew(self) -> None:
@@ -132,7 +150,7 @@ class World:
                 self.publish(peer.attested)
 
     def average(self, group: list[Peer]) -> None:
-        """A round of peers that hold the same state: those who see a quorum commit it, the others withdraw."""
+        """A round of peers that hold the same state: those who see a quorum commit it, the others may do so later."""
         before = group[0].state
         claims = [make_claim(peer.identity, MANIFEST, before) for peer in group]
         params = {
@@ -146,16 +164,19 @@ class World:
             if self.random.random() < 0.03 and self.luck < 1:
                 peer.online = False
         electorate = {peer.name for peer in group}
+        self.claimed.setdefault(before.digest, set()).update(electorate)
         for peer in [peer for peer in group if peer.online]:
             if any(self.has_quorum(peer, after, electorate) for _ in range(self.looks)):
                 peer.hold(after)
                 self.committed += 1
             else:
-                self.attest(peer, before)
+                peer.unsettled = after, electorate
 
     def has_quorum(self, peer: Peer, after: State, electorate: set[str]) -> bool:
-        seen = [*self.seen_by(peer).values(), peer.attested]
-        return quorum(after.digest, seen, electorate)[0]
+        return quorum(after.round, after.digest, self.votes_seen_by(peer), electorate)[0]
+
+    def votes_seen_by(self, peer: Peer) -> list[Attestation]:
+        return [*self.seen_by(peer).values(), *([peer.attested] if peer.attested is not None else [])]
 
     def lie(self) -> None:
         """Everything that the liars publish in a tick."""
@@ -174,7 +195,7 @@ class World:
                 return
             lie = self.invent(round=common.round - 1, parent=common.parent)
             first, *rest = self.liars
-            self.publish(make_attestation(first, common, parent=lie.digest))
+            self.publish(make_attestation(first, common, ancestors=(lie.digest,)))
             for liar in rest:
                 self.publish(make_attestation(liar, lie))
             return
@@ -207,7 +228,7 @@ class World:
 
     def come_back(self, peer: Peer) -> None:
         """A peer that starts again looks around before it says anything."""
-        peer.online, peer.attested = True, None
+        peer.online, peer.attested, peer.unsettled = True, None, None
 
     def tick(self) -> None:
         self.now += TICK_SECONDS

@@ -129,7 +129,7 @@ def make_attestation(who: Identity, held: State, /, **changes: Any) -> Attestati
         "peer": who.peer,
         "round": held.round,
         "state": held.digest,
-        "parent": held.parent if held.round else held.digest,
+        "ancestors": (held.parent,) if held.round else (),
         "work": float(held.work),
     }
     return Attestation(**{**fields, **changes})
@@ -227,7 +227,7 @@ def finish_round(manifest: RunManifest, before: State, after: bytes | None = Non
     attestations = tuple(
         seal(
             who,
-            make_attestation(who, before, round=before.round + 1, state=after, parent=before.digest, work=300.0),
+            make_attestation(who, before, round=before.round + 1, state=after, ancestors=(before.digest,), work=300.0),
         )
         for who in identities
     )

@@ -84,18 +84,23 @@ def attested(**by: State) -> dict[str, Attestation]:
     return {names[name].peer: make_attestation(names[name], state) for name, state in by.items()}
 
 
+def newest(own: State, journal: Journal, mine: State | None = None, *, electorate: Any = (), **others: State) -> Any:
+    """What `newest_state` says to a peer that holds `own`, attests `mine` and sees what the others attest."""
+    votes = [*attested(**others).values(), *([make_attestation(ME, mine)] if mine is not None else [])]
+    return newest_state(own, votes, electorate, journal)
+
+
 def test_alone_a_peer_keeps_its_own_state(journal: Journal) -> None:
-    assert newest_state(S0, None, {}, journal) is None
-    assert newest_state(S1, make_attestation(ME, S1), {}, journal) is None
+    assert newest(S0, journal) is None
+    assert newest(S1, journal, S1) is None
 
 
 def test_a_peer_that_the_others_agree_with_keeps_its_own_state(journal: Journal) -> None:
-    assert newest_state(S1, make_attestation(ME, S1), attested(anne=S1, ben=S1), journal) is None
+    assert newest(S1, journal, S1, anne=S1, ben=S1) is None
 
 
 def test_a_newcomer_looks_for_what_the_others_agree_on(journal: Journal) -> None:
-    agreement = newest_state(S0, None, attested(anne=S2, ben=S2), journal)
-    assert agreement is not None
+    agreement = newest(S0, journal, anne=S2, ben=S2)
     assert (agreement.round, agreement.state) == (2, S2.digest)
     assert agreement.supporters == tuple(sorted((ANNE.peer, BEN.peer)))
 
@@ -104,24 +109,33 @@ def test_a_peer_in_the_minority_looks_for_the_majoritys_state(journal: Journal) 
     mine = after(S0, by=0.25)
     journal.hold(0, S0.digest)
     journal.hold(1, mine.digest)
-    agreement = newest_state(mine, make_attestation(ME, mine), attested(anne=S1, ben=S1), journal)
-    assert agreement is not None
-    assert agreement.state == S1.digest
+    assert newest(mine, journal, mine, anne=S1, ben=S1).state == S1.digest
 
 
 def test_a_peer_that_is_ahead_does_not_go_back_to_where_it_has_been(journal: Journal) -> None:
     for state in (S0, S1):
         journal.hold(state.round, state.digest)
-    assert newest_state(S1, make_attestation(ME, S1), attested(anne=S0, ben=S0), journal) is None
+    assert newest(S1, journal, S1, anne=S0, ben=S0) is None
 
 
 def test_a_peer_that_is_ahead_on_another_line_goes_to_the_majoritys(journal: Journal) -> None:
     journal.hold(1, S1.digest)
     journal.hold(2, S2.digest)
     other = after(S0, by=0.125)
-    agreement = newest_state(S2, make_attestation(ME, S2), attested(anne=other, ben=other), journal)
-    assert agreement is not None
-    assert agreement.state == other.digest
+    assert newest(S2, journal, S2, anne=other, ben=other).state == other.digest
+
+
+def test_a_peer_that_missed_the_result_of_its_round_joins_it_whoever_else_waits(journal: Journal) -> None:
+    """Ben and Eve came too late for the round and attest where it began: they have no say in what came of it."""
+    journal.hold(0, S0.digest)
+    assert newest(S0, journal, S0, anne=S1, ben=S0, eve=S0) is None
+    agreement = newest(S0, journal, S0, anne=S1, ben=S0, eve=S0, electorate={ANNE.peer})
+    assert (agreement.state, agreement.supporters) == (S1.digest, (ANNE.peer,))
+
+
+def test_half_of_a_rounds_peers_do_not_decide_what_came_of_it(journal: Journal) -> None:
+    assert newest(S0, journal, S0, anne=S1, electorate={ANNE.peer, ME.peer}) is None
+    assert newest(S0, journal, S0, anne=S1, ben=after(S0, by=0.1), electorate={ANNE.peer, BEN.peer, ME.peer}) is None
 
 
 def test_a_state_is_fetched_within_its_limit_and_parsed(store: BlobStore) -> None:
@@ -145,37 +159,39 @@ def test_what_is_no_state_of_the_run_is_not_kept(store: BlobStore) -> None:
 
 def test_a_state_is_adopted_when_it_is_what_its_supporters_attest(store: BlobStore) -> None:
     others = attested(anne=S1, ben=S1)
-    state = adopt(Link(store, S1.blob), store, MANIFEST, LIKE, agree(others.values()), others)
+    state = adopt(Link(store, S1.blob), store, MANIFEST, LIKE, agree(others.values()), others.values())
     assert state.digest == S1.digest
 
 
 def test_a_state_of_another_round_than_attested_is_refused(store: BlobStore) -> None:
-    others = {who.peer: make_attestation(who, S1, round=7) for who in (ANNE, BEN)}
+    others = {who.peer: make_attestation(who, S1, round=7, ancestors=(S0.digest,)) for who in (ANNE, BEN)}
     with pytest.raises(Reject, match="is not what its supporters attest"):
-        adopt(Link(store, S1.blob), store, MANIFEST, LIKE, agree(others.values()), others)
+        adopt(Link(store, S1.blob), store, MANIFEST, LIKE, agree(others.values()), others.values())
 
 
 def test_a_state_of_other_work_than_attested_is_refused(store: BlobStore) -> None:
     others = {who.peer: make_attestation(who, S1, work=1e15) for who in (ANNE, BEN)}
     with pytest.raises(Reject, match="is not what its supporters attest"):
-        adopt(Link(store, S1.blob), store, MANIFEST, LIKE, agree(others.values()), others)
+        adopt(Link(store, S1.blob), store, MANIFEST, LIKE, agree(others.values()), others.values())
 
 
 def test_one_supporter_that_lies_about_the_work_does_not_keep_others_from_adopting(store: BlobStore) -> None:
     others = attested(anne=S1, ben=S1)
     others[EVE.peer] = make_attestation(EVE, S1, work=1e15)
-    assert adopt(Link(store, S1.blob), store, MANIFEST, LIKE, agree(others.values()), others).digest == S1.digest
+    assert (
+        adopt(Link(store, S1.blob), store, MANIFEST, LIKE, agree(others.values()), others.values()).digest == S1.digest
+    )
 
 
 def test_where_nothing_holds_nothing_is_adopted(store: BlobStore) -> None:
     with pytest.raises(TransportError, match="nobody attests a state yet"):
-        adopt(Link(store), store, MANIFEST, LIKE, Agreement(None, None, (), "nobody attests a state yet"), {})
+        adopt(Link(store), store, MANIFEST, LIKE, Agreement(None, None, (), "nobody attests a state yet"), ())
 
 
 def test_a_state_that_nobody_gives_is_a_transport_error(store: BlobStore) -> None:
     others = attested(anne=S1, ben=S1)
     with pytest.raises(TransportError):
-        adopt(Link(store), store, MANIFEST, LIKE, agree(others.values()), others)
+        adopt(Link(store), store, MANIFEST, LIKE, agree(others.values()), others.values())
 
 
 def test_a_state_whose_work_is_written_down_wrongly_has_another_digest() -> None:

@@ -19,13 +19,13 @@ RUN = digest_of("run")
 
 
 def attest(peer: str, round_number: int, state: str, parent: str | None = None, work: float = 0.0) -> Attestation:
-    """`peer` attests the state of a name; its parent has the same name one round earlier, if not said."""
-    origin = (parent or state) if round_number else state
-    return Attestation(RUN, peer, round_number, named(round_number, state), named(round_number - 1, origin), work)
+    """`peer` attests the state of a name, and two before it of the same name, if not said otherwise."""
+    ancestors = tuple(named(n, parent or state) for n in range(round_number - 1, max(round_number - 3, -1), -1))
+    return Attestation(RUN, peer, round_number, named(round_number, state), ancestors, work)
 
 
 def named(round_number: int, state: str) -> bytes:
-    return digest_of(f"{state} before round {max(round_number, 0)}")
+    return digest_of(f"{state} before round {round_number}")
 
 
 def outcome(agreement: Agreement) -> tuple[int | None, bytes | None, tuple[str, ...]]:
@@ -179,49 +179,45 @@ def votes(*peers: str, state: str = "main", round_number: int = 5) -> list[Attes
 
 def test_a_quorum_is_more_than_half_of_the_electorate() -> None:
     state = named(5, "main")
-    assert quorum(state, votes("a", "b", "c"), ELECTORATE) == (
+    assert quorum(5, state, votes("a", "b", "c"), ELECTORATE) == (
         True,
         f"3 of 5 peers attest state {state.hex()[:8]}",
     )
-    assert quorum(state, votes("a", "b"), ELECTORATE) == (False, f"2 of 5 peers attest state {state.hex()[:8]}")
-    assert not quorum(state, votes("a", "b"), ("a", "b", "c", "d"))[0]
-    assert quorum(state, votes("a", "b", "c"), ("a", "b", "c", "d"))[0]
-    assert quorum(state, votes("a"), ("a",))[0]
+    assert quorum(5, state, votes("a", "b"), ELECTORATE) == (False, f"2 of 5 peers attest state {state.hex()[:8]}")
+    assert not quorum(5, state, votes("a", "b"), ("a", "b", "c", "d"))[0]
+    assert quorum(5, state, votes("a", "b", "c"), ("a", "b", "c", "d"))[0]
+    assert quorum(5, state, votes("a"), ("a",))[0]
 
 
 def test_only_the_electorate_votes_and_each_of_it_once() -> None:
     state = named(5, "main")
-    assert not quorum(state, votes("a", "b", "x", "y", "z"), ELECTORATE)[0]
-    assert not quorum(state, votes("a", "a", "a", "b"), ELECTORATE)[0]
+    assert not quorum(5, state, votes("a", "b", "x", "y", "z"), ELECTORATE)[0]
+    assert not quorum(5, state, votes("a", "a", "a", "b"), ELECTORATE)[0]
 
 
 def test_a_peer_that_has_gone_on_from_the_result_still_votes_for_it() -> None:
-    assert quorum(named(5, "main"), votes("a", "b") + votes("c", round_number=6), ELECTORATE)[0]
-    assert not quorum(named(5, "main"), votes("a", "b") + votes("c", round_number=7), ELECTORATE)[0]
+    assert quorum(5, named(5, "main"), votes("a", "b") + votes("c", round_number=7), ELECTORATE)[0]
+    assert not quorum(5, named(5, "main"), votes("a", "b") + votes("c", round_number=8), ELECTORATE)[0]
 
 
 def test_what_others_attest_instead_is_named() -> None:
     state, side, fork = named(5, "main"), named(5, "side"), named(5, "fork")
     dissent = votes("c", "d", state="side") + votes("e", state="fork")
     others = ", ".join(sorted((side.hex()[:8], fork.hex()[:8])))
-    assert quorum(state, votes("a", "b") + dissent, ELECTORATE) == (
+    assert quorum(5, state, votes("a", "b") + dissent, ELECTORATE) == (
         False,
         f"2 of 5 peers attest state {state.hex()[:8]}; others attest {others}",
     )
 
 
 def test_nobody_is_no_quorum() -> None:
-    assert not quorum(named(5, "main"), [], ELECTORATE)[0]
-    assert not quorum(named(5, "main"), [], ())[0]
+    assert not quorum(5, named(5, "main"), [], ELECTORATE)[0]
+    assert not quorum(5, named(5, "main"), [], ())[0]
 
 
 @given(worlds(), st.sets(st.sampled_from([f"peer {n}" for n in range(6)])))
 def test_two_results_of_one_round_never_both_reach_a_quorum(world: list[Attestation], electorate: set[str]) -> None:
     at_five = [dataclasses.replace(a, round=5) for a in world]
     states = {a.state for a in at_five}
-    reached = [
-        state
-        for state in states
-        if quorum(state, [dataclasses.replace(a, parent=named(4, "root")) for a in at_five], electorate)[0]
-    ]
+    reached = [state for state in states if quorum(5, state, at_five, electorate)[0]]
     assert len(reached) <= 1

@@ -371,7 +371,7 @@ def test_every_field_enters_the_digest(message: Message) -> None:
         elif isinstance(value, str):
             other = value + "x"
         else:
-            other = ()
+            other = () if value else (bytes(32),)
         digests_seen.add(message_digest(dataclasses.replace(message, **{field: other})))
     assert len(digests_seen) == 1 + len(as_map(message))
 

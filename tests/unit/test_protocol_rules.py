@@ -97,8 +97,10 @@ def test_r1_a_roster_record_of_another_run_is_refused() -> None:
 
 @pytest.mark.parametrize("round_number", [0, 1, MANIFEST.rounds.rounds])
 def test_an_attestation_that_keeps_every_rule_passes(round_number: int) -> None:
-    parent = STATE.digest if round_number == 0 else digest_of("parent")
-    check_attestation(make_attestation(WHO, STATE, round=round_number, parent=parent), MANIFEST, STATE.run)
+    ancestors = tuple(digest_of(f"before {number}") for number in range(round_number))
+    work = round_number * MANIFEST.most_seconds_per_round
+    attestation = make_attestation(WHO, STATE, round=round_number, ancestors=ancestors, work=work)
+    check_attestation(attestation, MANIFEST, STATE.run)
 
 
 @pytest.mark.parametrize(
@@ -107,13 +109,17 @@ def test_an_attestation_that_keeps_every_rule_passes(round_number: int) -> None:
         ("A1", {"run": digest_of("other")}, "is for another run"),
         (
             "A2",
-            {"round": MANIFEST.rounds.rounds + 1, "parent": digest_of("p")},
+            {"round": MANIFEST.rounds.rounds + 1, "ancestors": (digest_of("p"),)},
             "is for round 9, the run has 8",
         ),
-        ("A2", {"round": 10**9, "parent": digest_of("p")}, "is for round 1000000000"),
-        ("A3", {"parent": digest_of("p")}, "impossible parent"),
-        ("A3", {"parent": bytes(32)}, "impossible parent"),
-        ("A3", {"round": 1}, "impossible parent"),
+        ("A2", {"round": 10**9, "ancestors": (digest_of("p"),)}, "is for round 1000000000"),
+        ("A3", {"ancestors": (digest_of("p"),)}, "impossible ancestors"),
+        ("A3", {"round": 1}, "impossible ancestors"),
+        ("A3", {"round": 1, "ancestors": (digest_of("p"), digest_of("q"))}, "impossible ancestors"),
+        ("A3", {"round": 1, "ancestors": (STATE.digest,)}, "impossible ancestors"),
+        ("A3", {"round": 2, "ancestors": (digest_of("p"), digest_of("p"))}, "impossible ancestors"),
+        ("A4", {"work": 1.0}, "which 0 rounds cannot hold"),
+        ("A4", {"round": 1, "ancestors": (digest_of("p"),), "work": 1e12}, "which 1 rounds cannot hold"),
     ],
 )
 def test_an_attestation_that_breaks_a_rule_is_refused(rule: str, changes: dict[str, Any], message: str) -> None:

@@ -220,7 +220,9 @@ def test_a_record_that_says_something_else_than_its_parts_is_found_out(change: d
 
 def test_attestations_of_another_state_in_a_record_are_found_out() -> None:
     who = make_identity(9)
-    strangers = seal(who, make_attestation(who, STATE, round=5, state=digest_of("elsewhere"), parent=digest_of("p")))
+    strangers = seal(
+        who, make_attestation(who, STATE, round=5, state=digest_of("elsewhere"), ancestors=(digest_of("p"),))
+    )
     record = dataclasses.replace(RECORD, attestations=(strangers,))
     with pytest.raises(RemoteError):
         check_record(record, ROUND.view, ROUND.average)
