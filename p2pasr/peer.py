@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -301,7 +302,7 @@ class Peer:
         kind, reason = event["event"], event.get("reason", "")
         if kind == "waiting":
             self.report.wait(reason)
-        elif kind in ("down", "refused"):
+        elif kind in ("down", "refused", "warning"):
             self.report.warn(reason)
         elif kind == "fetch":
             self.report.progress(f"fetching a {event['kind']}", event["done"], event["size"])
@@ -374,8 +375,8 @@ def _options(arguments: argparse.Namespace) -> PeerOptions:
         check_peer_maddr(maddr)
     for name in ("threads", "max_rounds", "disk_gib", "upload_limit_mbit", "join_seconds"):
         value = getattr(arguments, name)
-        if value is not None and not value > 0:
-            raise LocalError(f"--{name.replace('_', '-')} must be above 0 (found {value:g})")
+        if value is not None and not 0 < value < math.inf:
+            raise LocalError(f"--{name.replace('_', '-')} must be a finite number above 0 (found {value:g})")
     return PeerOptions(
         initial_peers=tuple(arguments.initial_peers),
         state_dir=arguments.state_dir,
