@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from p2pasr import tasks
 from p2pasr.errors import LocalError, Reject
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.peers.journal import Journal
-from p2pasr.protocol.manifest import RunConfig, RunManifest, parse_manifest, read_manifest
+from p2pasr.protocol.manifest import RunConfig, RunManifest, parse_manifest, read_manifest, validated
 from p2pasr.protocol.state import State, genesis, params_digest, parse_state
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.speech.prepare import read_index
@@ -39,7 +40,8 @@ def new_run(
         task: a task of your own; `config.task` then only has to name it.
 
     Raises:
-        LocalError: a shard is missing or corrupt, or the task cannot be built.
+        LocalError: a shard is missing, corrupt, listed twice or made for another model or window, or the task
+            cannot be built.
     """
     index = read_index(shards)
     for shard in index.shards:
@@ -47,17 +49,15 @@ def new_run(
     content = config.model_dump()
     if task is None:
         pinned = tasks.pin(config.task.kind, config.task.config, model)
-        task = tasks.build(config.task.kind, pinned, seed=config.seed, model=model)
+        task = tasks.build(config.task.kind, pinned, seed=config.seed, model=model, shards=shard_paths(shards))
         content["task"]["config"] = pinned
     params = task.initial_params()
-    return RunManifest.model_validate(
-        {
-            **content,
-            "shards": tuple(asdict(shard) for shard in index.shards),
-            "initial": params_digest(params).hex(),
-            "parameters": sum(value.size for value in params.values()),
-        }
-    )
+    content |= {
+        "shards": tuple(asdict(shard) for shard in index.shards),
+        "initial": params_digest(params).hex(),
+        "parameters": sum(value.size for value in params.values()),
+    }
+    return validated(RunManifest, content, "the run")
 
 
 def initial_state(manifest: RunManifest, task: tasks.Task) -> State:
@@ -113,14 +113,16 @@ def open_run(run: str, state_dir: Path | None = None) -> SavedRun:
         LocalError: the run is not known here.
     """
     home = state_dir or default_home()
-    run_id = read_manifest(Path(run)).run_id if Path(run).is_file() else parse_run_id(run)
+    is_file = os.path.isfile(run)  # noqa: PTH113 (Path.is_file raises where a name is too long for a file's)
+    manifest = read_manifest(Path(run)) if is_file else None
+    run_id = parse_run_id(run) if manifest is None else manifest.run_id
     folder = run_folder(home, run_id)
     if not folder.is_dir():
         raise LocalError(f"{home} knows nothing of run {run_id.hex()[:16]}; name a peer's folder with --state-dir")
     store = BlobStore(folder / "blobs")
     held = Journal.read_held(folder)
-    manifest = read_manifest(Path(run)) if Path(run).is_file() else _stored_manifest(store, run_id)
-    return SavedRun(manifest, store, {r: digest for r, digest in held.items() if store.find(digest) is not None})
+    found = {number: digest for number, digest in held.items() if store.find(digest) is not None}
+    return SavedRun(manifest or _stored_manifest(store, run_id), store, found)
 
 
 def _stored_manifest(store: BlobStore, run_id: bytes) -> RunManifest:

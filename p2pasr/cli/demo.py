@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -28,7 +28,7 @@ def run(
 def corpus(
     out: Annotated[Path, typer.Option(metavar="DIR", help="folder for recordings and labels.json")],
     dialect: Annotated[str, typer.Option(help="cmn, yue, hak, en-us, en-gb-scotland …")] = "yue",
-    split: Annotated[str, typer.Option(help="train or test; their speakers differ")] = "train",
+    split: Annotated[Literal["train", "test"], typer.Option(help="their speakers differ")] = "train",
     clips: Annotated[int, typer.Option(min=1)] = 1200,
     people: Annotated[int, typer.Option(min=1)] = 24,
     seed: Annotated[int, typer.Option(min=0)] = 0,

@@ -175,7 +175,8 @@ def _train(
     def scale(step: int) -> float:
         if step < recipe.warmup_steps:
             return (step + 1) / recipe.warmup_steps
-        return 0.5 * (1 + math.cos(math.pi * (step - recipe.warmup_steps) / (recipe.steps - recipe.warmup_steps)))
+        progress = (step - recipe.warmup_steps) / max(recipe.steps - recipe.warmup_steps, 1)
+        return 0.5 * (1 + math.cos(math.pi * progress))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
     batches = sample_batches(len(clips), recipe.batch_size, recipe.seed.to_bytes(8, "big"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from p2pasr.errors import LocalError
@@ -15,7 +16,15 @@ KINDS = ("lora",)
 """The `task.kind` values of a manifest."""
 
 
-def build(kind: str, config: Mapping[str, Any], *, seed: int, device: str = "cpu", model: str | None = None) -> Task:
+def build(
+    kind: str,
+    config: Mapping[str, Any],
+    *,
+    seed: int,
+    device: str = "cpu",
+    model: str | None = None,
+    shards: Sequence[Path] = (),
+) -> Task:
     """Make the task that a manifest describes.
 
     Args:
@@ -23,13 +32,17 @@ def build(kind: str, config: Mapping[str, Any], *, seed: int, device: str = "cpu
         seed: the run's seed.
         device: where to train.
         model: a local folder to load a pretrained base from, in place of the one named in `config`.
+        shards: files that the task must be able to train on.
 
     Raises:
-        LocalError: an unknown kind or key, or a model that is missing or not the run's.
+        LocalError: an unknown kind or key, a device or model that is missing, a model that is not the run's, or
+            shards that were made for another.
     """
     from p2pasr.tasks.lora import LoraTask
 
-    return LoraTask(_lora_config(kind, config), seed, device, model)
+    task = LoraTask(_lora_config(kind, config), seed, device, model)
+    task.check(shards)
+    return task
 
 
 def pin(kind: str, config: Mapping[str, Any], model: str | None = None) -> dict[str, Any]:

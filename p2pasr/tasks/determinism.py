@@ -1,4 +1,4 @@
-"""The same inputs give the same bits: seeds, algorithms and the name of the hardware."""
+"""The same inputs give the same bits: seeds, algorithms, the device and the name of the hardware."""
 
 from __future__ import annotations
 
@@ -10,7 +10,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from p2pasr.errors import LocalError
 from p2pasr.protocol.encoding import keyed_bytes
+
+
+def usable_device(name: str) -> torch.device:
+    """A device by the name that torch knows it by, such as "cpu" or "cuda:1".
+
+    Raises:
+        LocalError: torch has no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        reason = str(error).strip().split("\n")[0]
+        raise LocalError(f"the device {name!r} cannot be used ({reason:.80}); try cpu, cuda or cuda:1") from error
+    return device
 
 
 @contextlib.contextmanager

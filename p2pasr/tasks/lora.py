@@ -18,18 +18,20 @@ from p2pasr.protocol.encoding import digest
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.speech.metrics import error_rates
 from p2pasr.speech.pretrained import Frontend, frontend, load, weights_digest
-from p2pasr.speech.shards import Clip, Features, read_shard
+from p2pasr.speech.shards import Clip, Features, Shard, read_shard
+from p2pasr.speech.text import normalise
 from p2pasr.tasks.base import Checkpoint, OnProgress, OnStep, SegmentPlan, SegmentReport
-from p2pasr.tasks.determinism import hardware_class, reproducible, uniform
+from p2pasr.tasks.determinism import hardware_class, reproducible, uniform, usable_device
 from p2pasr.tasks.whisper import collate, sample_batches, token_losses, transcribe
 
-FRAMES_A_SECOND = 100
+POSITIONS_A_SECOND = 50
+FRAMES_A_POSITION = 2
 
 
 class LoraTaskConfig(BaseModel):
     """The `task.config` section of a manifest whose task is `lora`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     model: str
     """Hub id or local folder of a Whisper model; `p2pasr/demo-base` is the one in this package."""
@@ -75,13 +77,13 @@ class LoraTask:
         model: a folder to load the base from instead of `config.model`; its weights must be the same.
 
     Raises:
-        LocalError: the model is missing or another one, or a target matches no layer.
+        LocalError: the device or the model is missing, the model is another one, or a target matches no layer.
     """
 
     def __init__(self, config: LoraTaskConfig, seed: int, device: str = "cpu", model: str | None = None) -> None:
         self.config = config
         self.seed = seed
-        self.device = torch.device(device)
+        self.device = usable_device(device)
         source = model or config.model
         self.frontend: Frontend = frontend(source, config.revision, config.window_seconds)
         if config.weights is not None and weights_digest(source, config.revision) != config.weights:
@@ -89,7 +91,7 @@ class LoraTask:
                 f"the weights of {source!r} are not those this run was made with ({config.weights[:12]}…); "
                 f"get that version and name its folder with --model"
             )
-        self.frames = round(self.frontend.window_seconds * FRAMES_A_SECOND)
+        self.frames = _frames(self.frontend.window_seconds)
         self.features = Features(
             int(self.frontend.extractor.feature_size), self.frontend.window_seconds, self.frontend.vocabulary
         )
@@ -110,6 +112,15 @@ class LoraTask:
     def initial_params(self) -> Tensors:
         """A as peft draws it (uniform within 1/√fan-in, from the run's seed), B zero."""
         return {name: value for name, value in self._initial("lora_").items() if name in self._trained}
+
+    def check(self, shards: Sequence[Path]) -> None:
+        """Were these shards made for this model and window?
+
+        Raises:
+            LocalError: one was not, or is no shard.
+        """
+        for path in shards:
+            self._shard(path)
 
     def segment(
         self, start: Checkpoint, shards: Sequence[Path], plan: SegmentPlan, on_step: OnStep | None = None
@@ -137,10 +148,16 @@ class LoraTask:
     def evaluate(
         self, params: Tensors | None, shards: Sequence[Path], on_progress: OnProgress | None = None
     ) -> Mapping[str, Any]:
-        """Error rates of the base (params None) or the adapted model on held-out shards."""
+        """Error rates of the base (params None) or the adapted model on held-out shards.
+
+        Raises:
+            LocalError: the shards are others than the model takes, or hold no text.
+        """
         clips = self._clips(shards)
         tokenizer = self.frontend.tokenizer
         wanted = [tokenizer.decode(clip.tokens, skip_special_tokens=True) for clip in clips]
+        if not any(map(normalise, wanted)):
+            raise LocalError("the shards cannot be scored: no reference holds any text")
         if params is not None:
             self._set(params)
         with self.model.disable_adapter() if params is None else nullcontext():
@@ -154,7 +171,7 @@ class LoraTask:
         revision are in `p2pasr.json`.
         """
         self._set(params)
-        self.model.save_pretrained(out)
+        self.model.save_pretrained(out, save_embedding_layers=False)  # "auto" would ask the hub for the base
         notes = {
             **about,
             "base_model": self.config.model,
@@ -176,6 +193,7 @@ class LoraTask:
         if config.quantise != "none":
             options = {"quantization_config": _quantisation(config.quantise), "device_map": {"": self.device}}
         model = load(WhisperForConditionalGeneration, source, config.revision, **options)
+        model.name_or_path = model.config.name_or_path = config.model  # what exports name, not where it lies here
         _shorten(model, self.frames)
         if config.quantise == "none":
             model = model.to(self.device)
@@ -211,16 +229,18 @@ class LoraTask:
         return out
 
     def _clips(self, shards: Sequence[Path]) -> list[Clip]:
-        clips: list[Clip] = []
-        for path in shards:
-            shard = read_shard(path)
-            if shard.features != self.features:
-                raise LocalError(
-                    f"shard {path} was prepared for other features than {self.config.model!r} takes; "
-                    f"prepare it with --model {self.config.model}"
-                )
-            clips += shard.clips
-        return clips
+        return [clip for path in shards for clip in self._shard(path).clips]
+
+    def _shard(self, path: Path) -> Shard:
+        shard = read_shard(path)
+        if shard.features != self.features:
+            window = self.config.window_seconds
+            option = "" if window is None else f" --window-seconds {window:g}"
+            raise LocalError(
+                f"shard {path} was prepared for other features than {self.config.model!r} takes; "
+                f"prepare it with --model {self.config.model}{option}"
+            )
+        return shard
 
     def _step(self, optimizer: torch.optim.Optimizer, clips: list[Clip]) -> float:
         size = self.config.micro_batch or len(clips)
@@ -292,9 +312,14 @@ def _adapters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return dict(sorted(found.items()))
 
 
+def _frames(window_seconds: float) -> int:
+    """Frames of whole encoder positions that cover a window; rounded first, since 2.02 · 50 is above 101."""
+    return FRAMES_A_POSITION * math.ceil(round(window_seconds * POSITIONS_A_SECOND, 6))
+
+
 def _shorten(model: Any, frames: int) -> None:
-    """Cut the encoder's positions to a shorter window (two frames a position)."""
-    positions = frames // 2
+    """Cut the encoder's positions to a shorter window."""
+    positions = frames // FRAMES_A_POSITION
     encoder = model.model.encoder
     if positions < model.config.max_source_positions:
         kept = encoder.embed_positions.weight[:positions].detach().clone()

@@ -81,7 +81,6 @@ def test_a_base_model_made_in_miniature_loads_and_has_its_card(tmp_path: Path) -
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_a_recipe_may_end_during_or_right_after_its_warm_up(tmp_path: Path, steps: int) -> None:
-    # BUG (demo/base.py, _train): with as many steps as warm-up steps, such as `--steps 150`, 0 / 0.
     make_base(tmp_path, replace(TINY, steps=steps, warmup_steps=2))
 
     assert (tmp_path / "model.safetensors").is_file()

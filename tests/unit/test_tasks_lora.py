@@ -83,9 +83,14 @@ def test_a_wrong_configuration_is_one_sentence_that_names_the_key(config: dict[s
 @pytest.mark.parametrize("key", ["beta1", "beta2", "alpha", "max_grad_norm", "weight_decay"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_that_is_none_is_refused(key: str, value: float) -> None:
-    # BUG (lora.py, LoraTaskConfig): alpha and max_grad_norm may be infinite; the manifest then cannot be packed.
     with pytest.raises(LocalError, match=rf"^task\.config: {key}: "):
         build("lora", {**LORA, key: value}, seed=0)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:x", "cuda:99", ""])
+def test_a_device_that_torch_does_not_have_is_refused(device: str) -> None:
+    with pytest.raises(LocalError, match=rf"^the device '{device}' cannot be used \(.*\); try cpu, cuda or cuda:1$"):
+        build("lora", LORA, seed=0, device=device)
 
 
 def test_an_unknown_kind_of_task_is_refused() -> None:
@@ -445,8 +450,7 @@ def test_a_task_trains_as_before_after_a_step_that_was_not_finite(make_task: Mak
     with pytest.raises(NonFiniteStep):
         task.segment(poisoned(task, np.nan), shard_files, plan())
 
-    # BUG (lora.py, _step): the failed step's gradients stay and are added to the next segment's first ones, which
-    # makes every later segment of this process fail too.
+    # The failed step's gradients must not be added to the next segment's first ones.
     again, _ = task.segment(start_of(task), shard_files, plan())
     assert again.pack() == wanted.pack()
 
@@ -467,7 +471,6 @@ def test_a_task_trains_as_before_after_an_interrupted_step(make_task: MakeTask, 
         task.segment(start_of(task), shard_files, plan())
     hook.remove()
 
-    # BUG (lora.py, _step): as above, silently: the first micro-batch's gradients are counted twice.
     again, _ = task.segment(start_of(task), shard_files, plan())
     assert again.pack() == wanted.pack()
 
@@ -482,8 +485,7 @@ def test_shards_of_another_window_are_refused(make_task: MakeTask, shard_files: 
 
 
 def test_the_advice_for_shards_of_another_window_names_the_window(make_task: MakeTask, shard_files: Shards) -> None:
-    # BUG (lora.py, _clips): the advice is --model only, which the person has given already.
-    with pytest.raises(LocalError, match=r"--window-seconds 2"):
+    with pytest.raises(LocalError, match=r"; prepare it with --model p2pasr/demo-base --window-seconds 2$"):
         make_task(window_seconds=2.0).evaluate(None, shard_files)
 
 
@@ -492,7 +494,7 @@ def test_a_shorter_window_trains(make_task: MakeTask, corpus: Path, tmp_path: Pa
     settings = Settings(MODEL, dialect="yue", window_seconds=window, clips_per_shard=24)
     index = prepare(corpus, tmp_path, settings)
 
-    # BUG (pretrained.py, frontend): a window that is no multiple of 0.02 s is accepted and then breaks in the encoder.
+    # Windows that are no multiple of an encoder position's 0.02 s too.
     task = make_task(window_seconds=window)
     end, report = task.segment(start_of(task), [tmp_path / index.shards[0].file], plan())
 
@@ -566,7 +568,6 @@ def test_shards_without_any_text_cannot_be_scored(make_task: MakeTask, tmp_path:
     (tmp_path / "labels.json").write_text(json.dumps(rows), encoding="utf-8")
     index = prepare(tmp_path, tmp_path / "out", Settings(MODEL))
 
-    # BUG (lora.py, evaluate): the ValueError of error_rates passes, and `p2pasr eval` ends in a traceback.
     with pytest.raises(LocalError, match="no reference holds any text"):
         make_task().evaluate(None, [tmp_path / "out" / shard.file for shard in index.shards])
 
@@ -616,9 +617,19 @@ def test_an_exported_adapter_says_what_an_adapter_folder_cannot(make_task: MakeT
     assert adapter["task_type"] is None
 
 
-def test_an_exported_adapter_names_its_base_and_no_folder_of_this_machine(task: LoraTask, tmp_path: Path) -> None:
+def test_an_exported_adapter_names_its_base_and_no_folder_of_this_machine(steady_base: Path, tmp_path: Path) -> None:
+    task = build("lora", LORA, seed=1, model=str(steady_base))
     task.export(task.initial_params(), tmp_path / "adapter", {})
 
     adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
-    # BUG (lora.py, export): peft writes where the base lay here, such as /home/somebody/….
     assert adapter["base_model_name_or_path"] == MODEL
+    for path in (tmp_path / "adapter").iterdir():
+        content = path.read_bytes()
+        assert str(steady_base).encode() not in content
+        assert str(BUNDLED[MODEL]).encode() not in content
+
+
+def test_a_window_is_heard_in_whole_positions_of_the_encoder(make_task: MakeTask) -> None:
+    # 1.1 s is 55 positions, though 1.1 * 50 is above 55 in binary.
+    windows = {3.0: 300, 2.0: 200, 1.1: 110, 0.14: 14, 1.01: 102, 2.007: 202}
+    assert {window: make_task(window_seconds=window).frames for window in windows} == windows
