@@ -27,6 +27,9 @@ LogFormat = Literal["text", "json"]
 REPEAT_SECONDS: Final = 15.0
 """A sentence that has just been said is not said again within this time."""
 
+MAX_SAID: Final = 256
+"""How many sentences are remembered for that; strangers can cause new ones at will."""
+
 _STYLES: Final = {"warning": "yellow", "wait": "cyan", "round": "bold green", "error": "bold red", "ready": "bold"}
 
 
@@ -42,7 +45,7 @@ class Report:
     def __init__(self, log_format: LogFormat = "text", out: TextIO | None = None) -> None:
         self._json = log_format == "json"
         self._out = out or sys.stdout
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._said: dict[str, float] = {}
         self._console = Console(file=self._out, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
@@ -70,37 +73,45 @@ class Report:
 
     def wait(self, reason: str) -> None:
         """Say what is being waited for; the same sentence at most every fifteen seconds."""
-        now = time.monotonic()
-        if now - self._said.get(reason, -REPEAT_SECONDS) >= REPEAT_SECONDS:
-            self._said = {known: said for known, said in self._said.items() if now - said < REPEAT_SECONDS}
-            self._said[reason] = now
+        if self._is_news(reason):
             self.emit("wait", reason)
 
     def warn(self, message: str) -> None:
         """Report something that is survived; the same sentence at most every fifteen seconds."""
-        now = time.monotonic()
-        if now - self._said.get(message, -REPEAT_SECONDS) >= REPEAT_SECONDS:
-            self._said[message] = now
+        if self._is_news(message):
             self.emit("warning", message)
+
+    def _is_news(self, sentence: str) -> bool:
+        """Whether a sentence was not said just now; remembers that it is said."""
+        now = time.monotonic()
+        with self._lock:
+            if now - self._said.get(sentence, -REPEAT_SECONDS) < REPEAT_SECONDS:
+                return False
+            self._said.pop(sentence, None)
+            self._said[sentence] = now
+            if len(self._said) > MAX_SAID:
+                del self._said[next(iter(self._said))]
+            return True
 
     def progress(self, label: str, done: int, total: int) -> None:
         """Move the live line on a terminal; silent elsewhere."""
         if self._json or not self._console.is_terminal:
             return
-        if self._progress is None:
-            columns = (
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f} %"),
-            )
-            self._progress = Progress(*columns, console=self._console, transient=True)
-            self._bar = self._progress.add_task(label, total=total)
-            self._progress.start()
-        if self._bar is not None:
-            self._progress.update(self._bar, description=label, completed=done, total=total)
-        if done >= total:
-            self.close()
+        with self._lock:
+            if self._progress is None:
+                columns = (
+                    SpinnerColumn(),
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    TextColumn("{task.percentage:>3.0f} %"),
+                )
+                self._progress = Progress(*columns, console=self._console, transient=True)
+                self._bar = self._progress.add_task(label, total=total)
+                self._progress.start()
+            if self._bar is not None:
+                self._progress.update(self._bar, description=label, completed=done, total=total)
+            if done >= total:
+                self.close()
 
     def fail(self, error: Exception) -> None:
         """Report, on standard error, what ends a command; for programs as an event too."""
@@ -114,9 +125,10 @@ class Report:
 
     def close(self) -> None:
         """Remove the live line."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        with self._lock:
+            if self._progress is not None:
+                self._progress.stop()
+                self._progress = None
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import struct
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, Final
 
 from hivemind.dht.node import DHTNode
@@ -77,13 +79,16 @@ class Directory:
     Args:
         node: the DHT node, made with an :class:`OwnerValidator`.
         run: the run's id.
+        on_trouble: told, in one sentence, when a record could not be renewed; it is tried again.
     """
 
-    def __init__(self, node: DHTNode, run: bytes) -> None:
+    def __init__(self, node: DHTNode, run: bytes, on_trouble: Callable[[str], None]) -> None:
         self._node = node
         self._run = run
+        self._on_trouble = on_trouble
         self._owner = peer_id_bytes(str(node.peer_id))
         self._kept: dict[str, asyncio.Task[None]] = {}
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def key(self, kind: str, scope: str) -> str:
         """The DHT key of all records of a kind in a scope."""
@@ -108,12 +113,15 @@ class Directory:
         return sorted(records)
 
     async def keep(self, slot: str, kind: str, scope: str, record: bytes, ttl: float) -> bool:
-        """Store our record and renew it at a third of its life until the slot is used again."""
-        if (previous := self._kept.pop(slot, None)) is not None:
-            previous.cancel()
-        stored = await self.put(kind, scope, record, ttl)
-        self._kept[slot] = asyncio.create_task(self._renew(kind, scope, record, ttl))
-        return stored
+        """Store our record and renew it at a third of its life until the slot is used again.
+
+        A slot is written to by one at a time, in the order of the calls: what was kept before never comes back.
+        """
+        async with self._locks[slot]:
+            if (previous := self._kept.get(slot)) is not None:
+                previous.cancel()
+            self._kept[slot] = asyncio.create_task(self._renew(slot, kind, scope, record, ttl))
+            return await self.put(kind, scope, record, ttl)
 
     async def stop(self) -> None:
         """Stop renewing."""
@@ -121,10 +129,14 @@ class Directory:
             task.cancel()
         self._kept.clear()
 
-    async def _renew(self, kind: str, scope: str, record: bytes, ttl: float) -> None:
+    async def _renew(self, slot: str, kind: str, scope: str, record: bytes, ttl: float) -> None:
         while True:
             await asyncio.sleep(ttl / 3)
-            await self.put(kind, scope, record, ttl)
+            async with self._locks[slot]:
+                try:
+                    await self.put(kind, scope, record, ttl)
+                except Exception as error:  # noqa: BLE001 (whatever it was, without renewal the record would be gone)
+                    self._on_trouble(f"this peer's {kind} was not renewed ({error or type(error).__name__})")
 
 
 def _owner(record: DHTRecord) -> str:

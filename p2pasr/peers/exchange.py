@@ -80,11 +80,17 @@ class BlobExchange:
 
     async def _provide(self, digests: tuple[bytes, ...]) -> None:
         while True:
-            for digest in digests:
-                if (path := self._host.store.find(digest)) is not None:
-                    size = path.stat().st_size.to_bytes(SIZE_BYTES, "big")
-                    await self._host.directory.put("provider", digest.hex(), size, PROVIDER_TTL_SECONDS)
+            try:
+                await self._provide_once(digests)
+            except Exception as error:  # noqa: BLE001 (whatever it was, it is tried again)
+                self._host.warn(f"not all blobs were offered to others ({error or type(error).__name__})")
             await asyncio.sleep(PROVIDER_TTL_SECONDS / 3)
+
+    async def _provide_once(self, digests: tuple[bytes, ...]) -> None:
+        for digest in digests:
+            if (path := self._host.store.find(digest)) is not None:
+                size = path.stat().st_size.to_bytes(SIZE_BYTES, "big")
+                await self._host.directory.put("provider", digest.hex(), size, PROVIDER_TTL_SECONDS)
 
     async def _call_fetch(self, args: dict[str, Any]) -> dict[str, Any]:
         digest: bytes = args["digest"]

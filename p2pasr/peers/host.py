@@ -11,6 +11,7 @@ import contextlib
 import re
 import socket
 import traceback
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -21,7 +22,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 
 from p2pasr.errors import P2pasrError, RemoteError, TransportError
 from p2pasr.peers.blobs import BlobStore
-from p2pasr.peers.channel import HEADER, MAX_FRAME_BYTES, decode_body, encode_frame, error_to_wire
+from p2pasr.peers.channel import HEADER, body_bytes, decode_body, encode_frame, error_to_wire
 from p2pasr.peers.config import LinkConfig
 from p2pasr.peers.directory import Directory
 from p2pasr.peers.identity import Identity
@@ -34,6 +35,9 @@ STREAM_SECONDS: Final = 30.0
 LINGER_SECONDS: Final = 10.0
 """How long a handler that is done waits for the caller to close."""
 
+REFUSAL_SECONDS: Final = 1.0
+"""How long telling a caller that there are too many streams may take."""
+
 OPEN_SECONDS: Final = 10.0
 _DIAL_FAILURES: Final = re.compile(
     r"connection refused|no route to host|i/o timeout|dial backoff|no addresses|protocols? not supported"
@@ -41,6 +45,9 @@ _DIAL_FAILURES: Final = re.compile(
 
 MAX_INCOMING: Final = 128
 """Incoming streams that are served at once; more are refused."""
+
+MAX_INCOMING_PER_PEER: Final = 16
+"""The same of one peer; an honest one holds a few."""
 
 Emit = Callable[[dict[str, Any]], None]
 Handler = Callable[[Stream], Awaitable[None]]
@@ -70,7 +77,7 @@ class Host:
         self.pacer = Pacer(config.upload_bytes_per_second)
         self.calls: dict[str, Call] = {"announce": self._announce, "lookup": self._lookup, "status": self._status}
         self.directory: Directory
-        self._incoming = 0
+        self._incoming: Counter[str] = Counter()
 
     @property
     def run(self) -> bytes:
@@ -102,7 +109,7 @@ class Host:
         for path, digest in self.config.lend:
             self.store.lend(Path(path), digest, check=False)  # the training process did
         await self.node.start()
-        self.directory = Directory(self.node.dht, self.run)
+        self.directory = Directory(self.node.dht, self.run, self.warn)
         for service in services:
             await service.start(self)
 
@@ -111,6 +118,10 @@ class Host:
         if hasattr(self, "directory"):
             await self.directory.stop()
         await self.node.stop()
+
+    def warn(self, reason: str) -> None:
+        """Tell the training process, in one sentence, of something that is survived."""
+        self.emit({"event": "warning", "reason": reason})
 
     def protocol_name(self, name: str) -> str:
         """A stream protocol's full name, scoped by the run."""
@@ -126,24 +137,32 @@ class Host:
 
         async def handle(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             stream = Stream(str(info.peer_id), reader, writer, self.pacer, STREAM_SECONDS)
-            self._incoming += 1
-            try:
-                if self._incoming > MAX_INCOMING:
-                    raise TransportError("too many streams at once")
-                await handler(stream)
-            except (P2pasrError, OSError) as error:
-                with contextlib.suppress(P2pasrError, OSError):
-                    await stream.send({"error": str(error)})
-                if isinstance(error, RemoteError):
-                    self.emit({"event": "refused", "reason": str(error), "peer": stream.peer})
-            finally:
+            if self._incoming[stream.peer] >= MAX_INCOMING_PER_PEER or self._incoming.total() >= MAX_INCOMING:
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LINGER_SECONDS):
-                        await stream.closed()
-                self._incoming -= 1
+                    async with asyncio.timeout(REFUSAL_SECONDS):
+                        await _send_error(stream, "too many streams at once")
+                stream.close()
+                return
+            self._incoming[stream.peer] += 1
+            try:
+                await self._attend(stream, handler)
+            finally:
+                self._incoming -= Counter([stream.peer])  # which forgets a peer without streams
                 stream.close()
 
         await self.p2p.add_binary_stream_handler(self.protocol_name(name), handle)
+
+    async def _attend(self, stream: Stream, handler: Handler) -> None:
+        try:
+            await handler(stream)
+        except (P2pasrError, OSError) as error:
+            await _send_error(stream, str(error))
+            if isinstance(error, RemoteError):
+                self.emit({"event": "refused", "reason": str(error), "peer": stream.peer})
+        finally:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_SECONDS):
+                    await stream.closed()
 
     @contextlib.asynccontextmanager
     async def open(self, peer: str, name: str, timeout: float = STREAM_SECONDS) -> AsyncIterator[Stream]:
@@ -222,9 +241,7 @@ async def _serve_calls(host: Host, reader: asyncio.StreamReader) -> None:
     async def listen() -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
-                size = HEADER.unpack(await reader.readexactly(HEADER.size))[0]
-                if size > MAX_FRAME_BYTES:
-                    return
+                size = body_bytes(await reader.readexactly(HEADER.size))
                 message = decode_body(await reader.readexactly(size))
                 if "cancel" in message:
                     if (task := tasks.get(message["cancel"])) is not None:
@@ -239,9 +256,16 @@ async def _serve_calls(host: Host, reader: asyncio.StreamReader) -> None:
         await asyncio.wait({listening, daemon}, return_when=asyncio.FIRST_COMPLETED)
         if daemon.done():
             raise TransportError("the libp2p daemon died")
+        listening.result()
     finally:
         for task in (listening, daemon, *tasks.values()):
             task.cancel()
+
+
+async def _send_error(stream: Stream, reason: str) -> None:
+    """Tell the caller why it is not served, if it still listens."""
+    with contextlib.suppress(P2pasrError, OSError):
+        await stream.send({"error": reason})
 
 
 def _reason(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict, dataclass, field, replace
@@ -152,39 +152,37 @@ class Link:
         sockets.remove(self._sockets_note)
 
     def _supervise(self) -> None:
-        delays = itertools.chain(BACKOFF_SECONDS, itertools.repeat(BACKOFF_SECONDS[-1]))
+        delays = _delays()
         while not self._stopping.is_set():
-            was_up = self._live()
+            try:
+                was_up = self._live()
+            except Exception as error:  # noqa: BLE001 (whatever it was, the next start may succeed)
+                was_up = False
+                self._failure = LinkDown(f"the network process failed ({type(error).__name__}: {error})")
             if self._stopping.is_set() or (not was_up and isinstance(self._failure, LocalError)):
                 return
             if not self._joined and self._failure is not None:  # joined() reports it
                 return
             if was_up:
-                delays = itertools.chain(BACKOFF_SECONDS, itertools.repeat(BACKOFF_SECONDS[-1]))
+                delays = _delays()
             delay = next(delays)
-            reason = f" ({self._failure})" if self._failure else ""
-            self._on_event(
-                {"event": "down", "reason": f"the network process died{reason}; it is restarted in {delay:.0f} s"}
-            )
+            reason = self._failure or "the network process died"
+            self._on_event({"event": "down", "reason": f"{reason}; it is restarted in {delay:.0f} s"})
             self.restarts += 1
             self._stopping.wait(delay)
 
     def _live(self) -> bool:
         """Start one process and read what it says until it is gone; returns whether it was ever up."""
-        ours, theirs = socket.socketpair()
+        self._socket_dir.mkdir(mode=0o700, exist_ok=True)  # systems tidy their temporary folder
         for path in self._socket_dir.iterdir():  # a killed daemon leaves its sockets
             path.unlink(missing_ok=True)
-        with self._log_path.open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", MODULE, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C reaches the training process only, which then ends this one
-                env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-            )
-        theirs.close()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                process = self._spawn(theirs)
+            except BaseException:
+                ours.close()
+                raise
         attempt = _Attempt(process, ours)
         with self._lock:
             self._attempt = attempt
@@ -199,11 +197,23 @@ class Link:
             with self._lock:
                 self._attempt = None
                 pending, attempt.pending = attempt.pending, {}
-            for future in pending.values():
+            for future in (future for future in pending.values() if not future.done()):
                 future.set_exception(LinkDown("the network process died; the round is tried again when it is back"))
             ours.close()
             _end(process)
         return was_up
+
+    def _spawn(self, channel: socket.socket) -> subprocess.Popen[bytes]:
+        with self._log_path.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", MODULE, str(channel.fileno())],
+                pass_fds=[channel.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C reaches the training process only, which then ends this one
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            )
 
     def _take(self, attempt: _Attempt, message: dict[str, Any]) -> bool:
         """Act on one message; returns whether it was the news that the process is up."""
@@ -231,6 +241,11 @@ class Link:
     def _send(self, attempt: _Attempt, message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # a dead process is noticed where its answers are read
             attempt.channel.sendall(encode_frame(message))
+
+
+def _delays() -> Iterator[float]:
+    """Seconds to wait before each restart in a row."""
+    return itertools.chain(BACKOFF_SECONDS, itertools.repeat(BACKOFF_SECONDS[-1]))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

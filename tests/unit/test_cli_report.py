@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from p2pasr.errors import LocalError
-from p2pasr.report import Report, error_rate_table, progress_bar
+from p2pasr.report import MAX_SAID, Report, error_rate_table, progress_bar
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_for_programs_an_event_is_one_json_object_on_one_line(out: io.StringIO) 
     assert isinstance(event.pop("time"), float)
     assert event == {
         "event": "round",
-        "message": "round 3\nis 完成",
+        "message": "round 3 is 完成",
         "round": 3,
         "state": "abcd",
         "peers": ["a", "b"],
@@ -67,6 +68,22 @@ def test_the_same_sentence_is_not_said_again_at_once(out: io.StringIO) -> None:
         ("warning", "a peer is slow"),
         ("wait", "waiting for claims"),
     ]
+
+
+def test_what_was_said_is_not_remembered_without_end(out: io.StringIO) -> None:
+    report = Report("json", out)
+    for number in range(2 * MAX_SAID):
+        report.warn(f"peer {number} is slow")
+        report.wait(f"waiting for peer {number}")
+    assert len(report._said) == MAX_SAID
+
+
+def test_several_threads_say_the_same_sentence_once(out: io.StringIO) -> None:
+    report = Report("json", out)
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(200):
+            pool.submit(report.warn, f"peer {number % 50} is slow")
+    assert len(events(out)) == 50
 
 
 def test_the_live_line_is_not_written_to_files(out: io.StringIO) -> None:

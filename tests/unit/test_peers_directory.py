@@ -184,12 +184,12 @@ class Shelf:
 def test_records_are_found_by_owner_kind_and_scope() -> None:
     async def main() -> None:
         shelf = Shelf(WHO.peer)
-        directory = Directory(shelf, bytes(32))
+        directory = Directory(shelf, bytes(32), pytest.fail)
         await directory.put("roster", "all", b"record", 20.0)
         assert await directory.get("roster", "all") == [(WHO.peer, b"record")]
         assert await directory.get("roster", "7") == []
         assert await directory.get("claim", "all") == []
-        assert await Directory(shelf, b"\x01" * 32).get("roster", "all") == []
+        assert await Directory(shelf, b"\x01" * 32, pytest.fail).get("roster", "all") == []
 
     asyncio.run(main())
 
@@ -197,7 +197,7 @@ def test_records_are_found_by_owner_kind_and_scope() -> None:
 def test_no_record_is_stored_for_longer_than_its_validators_allow() -> None:
     async def main() -> None:
         shelf = Shelf(WHO.peer)
-        directory = Directory(shelf, bytes(32))
+        directory = Directory(shelf, bytes(32), pytest.fail)
         await directory.put("provider", "x", b"record", 10 * MAX_TTL_SECONDS)
         ((owner, stored),) = shelf.shelf[directory.key("provider", "x")].items()
         assert owner == peer_id_bytes(WHO.peer)
@@ -209,7 +209,7 @@ def test_no_record_is_stored_for_longer_than_its_validators_allow() -> None:
 def test_what_is_no_dictionary_of_records_is_nothing() -> None:
     async def main() -> None:
         shelf = Shelf(WHO.peer)
-        directory = Directory(shelf, bytes(32))
+        directory = Directory(shelf, bytes(32), pytest.fail)
         for plain in (b"bytes", 7, None):
             shelf.plain = ValueWithExpiration(plain, 0.0)
             assert await directory.get("roster", "all") == []
@@ -221,7 +221,7 @@ def test_what_is_no_dictionary_of_records_is_nothing() -> None:
 
 def test_a_slot_that_is_used_again_renews_only_the_new_record() -> None:
     async def main() -> None:
-        directory = Directory(Shelf(WHO.peer), bytes(32))
+        directory = Directory(Shelf(WHO.peer), bytes(32), pytest.fail)
         await directory.keep("claim", "claim", "0", b"first", 20.0)
         (first,) = directory._kept.values()
         await directory.keep("claim", "claim", "1", b"second", 20.0)
@@ -232,5 +232,52 @@ def test_a_slot_that_is_used_again_renews_only_the_new_record() -> None:
         await directory.stop()
         await asyncio.gather(second, return_exceptions=True)
         assert second.cancelled()
+
+    asyncio.run(main())
+
+
+def test_who_keeps_an_older_record_never_gets_before_a_newer_one() -> None:
+    class SlowOnce(Shelf):
+        """Takes long to store the first record."""
+
+        async def store(self, key: str, value: bytes, expiration_time: float, subkey: bytes) -> bool:
+            if value == b"first":
+                await asyncio.sleep(0.05)
+            return await super().store(key, value, expiration_time, subkey)
+
+    async def main() -> None:
+        shelf = SlowOnce(WHO.peer)
+        directory = Directory(shelf, bytes(32), pytest.fail)
+        await asyncio.gather(*(directory.keep("roster", "roster", "all", r, 0.06) for r in (b"first", b"second")))
+        await asyncio.sleep(0.2)
+        assert await directory.get("roster", "all") == [(WHO.peer, b"second")]
+        await directory.stop()
+
+    asyncio.run(main())
+
+
+def test_renewal_survives_whatever_goes_wrong_and_tells_it() -> None:
+    class Broken(Shelf):
+        """Stores every second time only."""
+
+        tries = 0
+
+        async def store(self, key: str, value: bytes, expiration_time: float, subkey: bytes) -> bool:
+            self.tries += 1
+            if self.tries % 2:
+                raise RuntimeError("the daemon is gone")
+            return await super().store(key, value, expiration_time, subkey)
+
+    async def main() -> None:
+        shelf, told = Broken(WHO.peer), []
+        directory = Directory(shelf, bytes(32), told.append)
+        with pytest.raises(RuntimeError):
+            await directory.keep("roster", "roster", "all", b"record", 0.03)
+        async with asyncio.timeout(10):
+            while shelf.tries < 4:
+                await asyncio.sleep(0.01)
+        assert told[0] == "this peer's roster was not renewed (the daemon is gone)"
+        assert await directory.get("roster", "all") == [(WHO.peer, b"record")]
+        await directory.stop()
 
     asyncio.run(main())
