@@ -587,7 +587,7 @@ def average(member: Member, work: Work, expected: set[str]) -> Merged:
         covered=dict(member.state.covered),
         claim=work.claim.pack(),
         delta=work.delta,
-        expected=count,
+        expected=sorted(expected),
         min_size=member.manifest.rounds.min_peers,
         window=GROUP_WINDOW_SECONDS,
         timeout=GROUP_SECONDS,

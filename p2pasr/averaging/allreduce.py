@@ -185,7 +185,7 @@ class AllReduce:
 
         Args:
             args: round, state, covered (the view); claim (packed, ours); delta (digest of the encoded
-                one); expected, min_size, window, timeout (of the group).
+                one); expected (peers, ours among them), min_size, window, timeout (of the group).
 
         Returns:
             group, members (packed claims), receipts (packed), average (digest of the encoded result).
@@ -201,6 +201,7 @@ class AllReduce:
             schema=digest("group", view.run + view.round.to_bytes(8, "big") + view.state),
             gather=pack({"claim": args["claim"], "reduces": not self._host.config.node.client_mode}),
             expected=args["expected"],
+            size=min(len(args["expected"]), view.manifest.averaging.max_group),
             min_size=args["min_size"],
             window=args["window"],
             timeout=args["timeout"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from hivemind.p2p import P2P, P2PContext, P2PDaemonError, PeerID, ServicerBase
 from hivemind.proto import averaging_pb2
 from hivemind.utils import get_dht_time
 
-from p2pasr.errors import P2pasrError, Reject, TransportError
+from p2pasr.errors import P2pasrError, Reject, RemoteError, TransportError
 from p2pasr.peers.host import Host
 from p2pasr.peers.streams import Stream
 from p2pasr.protocol.messages import MAX_RECORD_BYTES
@@ -23,6 +23,9 @@ from p2pasr.protocol.signing import short
 
 REQUEST_SECONDS: Final = 3.0
 """How long a leader may take to answer; shorter than the window, or two peers wait for each other."""
+
+GROUP_ID_BYTES: Final = 20
+"""Length of a group's name, as hivemind's leaders make it."""
 
 MAX_GATHER_BYTES: Final = MAX_RECORD_BYTES + 1024
 MAX_JOIN_BYTES: Final = MAX_GATHER_BYTES + 1024
@@ -107,7 +110,8 @@ class Matchmaker:
         *,
         schema: bytes,
         gather: bytes,
-        expected: int,
+        expected: Collection[str],
+        size: int,
         min_size: int,
         window: float,
         timeout: float,
@@ -118,7 +122,8 @@ class Matchmaker:
         Args:
             schema: digest that all members must share.
             gather: what we bring along.
-            expected: a group of this size starts at once.
+            expected: peers that are known to have something for this round; no other is followed.
+            size: a group of this size starts at once.
             min_size: after `window` seconds a group of at least this size starts.
             timeout: seconds after which we give up.
             admit: raises for a peer (its ID and what it gathers) that may not be in our group.
@@ -126,15 +131,15 @@ class Matchmaker:
         Raises:
             TransportError: no group, saying what each candidate answered.
         """
-        if expected == 1:
-            return Group(secrets.token_bytes(20), (self._host.peer,), (gather,))
+        if size == 1:
+            return Group(secrets.token_bytes(GROUP_ID_BYTES), (self._host.peer,), (gather,))
         self._admit = admit
         self._why = {}
         self._current = Matchmaking(
             self._host.p2p,
             schema,
             _AwaitableDht(self._host.node.dht),
-            servicer_type=_bounded_servicer(self._host, self._why),
+            servicer_type=_bounded_servicer(self._host, self._why, expected, admit),
             prefix=f"p2pasr-{self._host.run.hex()[:32]}",
             target_group_size=None,  # set below: passed here, hivemind would advise powers of two
             min_group_size=max(2, min_size),
@@ -142,17 +147,17 @@ class Matchmaker:
             request_timeout=min(REQUEST_SECONDS, window / 2),
             client_mode=self._host.config.node.client_mode,
         )
-        self._current.target_group_size = expected
+        self._current.target_group_size = size
         now = get_dht_time()
         try:
             info = await self._current.look_for_group(_Step(now, now + timeout, gather))
-        except (P2PDaemonError, OSError, AssertionError) as error:
-            raise TransportError(f"no group could be formed ({error})") from error
+        except Exception as error:  # hivemind asserts and raises what it likes; the next attempt may succeed
+            raise TransportError(f"no group could be formed ({str(error) or type(error).__name__})") from error
         finally:
             self._current = None
             self._admit = _admit_nobody
         if info is None:
-            raise TransportError(f"no group of {expected} within {timeout:.0f} s: {self._reasons()}")
+            raise TransportError(f"no group of {size} within {timeout:.0f} s: {self._reasons()}")
         return Group(info.group_id, tuple(map(str, info.peer_ids)), tuple(info.gathered))
 
     def _reasons(self) -> str:
@@ -196,10 +201,13 @@ async def _relay(messages: AsyncIterator[Any], stream: Stream) -> None:
         await stream.send_frame(message.SerializeToString())
 
 
-def _bounded_servicer(host: Host, why: dict[str, str]) -> type[ServicerBase]:
-    """A servicer type whose stubs speak over our streams.
+def _bounded_servicer(
+    host: Host, why: dict[str, str], expected: Collection[str], admit: Callable[[str, bytes], object]
+) -> type[ServicerBase]:
+    """A servicer type whose stubs speak over our streams, to expected peers, and check what these say.
 
-    hivemind's own stubs read whatever length a peer announces into memory.
+    hivemind's own stubs read whatever length a peer announces into memory, and its `Matchmaking`
+    follows whoever declares itself and takes a leader's group as it comes.
     """
 
     class Stub:
@@ -211,16 +219,22 @@ def _bounded_servicer(host: Host, why: dict[str, str]) -> type[ServicerBase]:
 
         async def _messages(self, request: averaging_pb2.JoinRequest) -> AsyncIterator[Any]:
             try:
+                if self._peer not in expected:
+                    raise Reject("nothing is known of it in this round")
                 async with host.open(self._peer, "join") as stream:
                     await stream.send_frame(request.SerializeToString())
                     while True:
                         data = await stream.receive_frame(MAX_GROUP_BYTES, timeout=3600.0)
                         message = averaging_pb2.MessageFromLeader.FromString(data)
+                        _check_message(message, host.peer, admit)
                         code = averaging_pb2.MessageCode.Name(message.code)
                         if code in _WHY_NOT:
                             why[self._peer] = _WHY_NOT[code]
                         yield message
-            except (P2pasrError, DecodeError) as error:
+            except (RemoteError, DecodeError) as error:
+                why[self._peer] = f"cannot be followed ({error})"
+                raise P2PDaemonError(str(error)) from error
+            except P2pasrError as error:
                 why[self._peer] = f"did not answer ({error})"
                 raise P2PDaemonError(str(error)) from error
 
@@ -230,6 +244,25 @@ def _bounded_servicer(host: Host, why: dict[str, str]) -> type[ServicerBase]:
             return Stub(str(peer))
 
     return Servicer
+
+
+def _check_message(message: averaging_pb2.MessageFromLeader, ours: str, admit: Callable[[str, bytes], object]) -> None:
+    """Is this something that a leader may say?
+
+    Raises:
+        Ignore, Reject: no: a word that there is not, or a group that this peer cannot average with.
+    """
+    if message.code not in averaging_pb2.MessageCode.values():
+        raise Reject(f"it answers {message.code}, which means nothing")
+    if message.code != averaging_pb2.BEGIN_ALLREDUCE:
+        return
+    peers = [str(PeerID(peer)) for peer in message.ordered_peer_ids]
+    if ours not in peers or len(set(peers)) != len(peers) or len(message.gathered) != len(peers):
+        raise Reject("its group is malformed")
+    if len(message.group_id) != GROUP_ID_BYTES:
+        raise Reject(f"its group has a name of {len(message.group_id)} bytes")
+    for peer, gathered in zip(peers, message.gathered, strict=True):
+        admit(peer, gathered)
 
 
 def _admit_nobody(_peer: str, _gather: bytes) -> None:

@@ -136,7 +136,7 @@ class Directory:
                 try:
                     await self.put(kind, scope, record, ttl)
                 except Exception as error:  # noqa: BLE001 (whatever it was, without renewal the record would be gone)
-                    self._on_trouble(f"this peer's {kind} was not renewed ({error or type(error).__name__})")
+                    self._on_trouble(f"this peer's {kind} was not renewed ({str(error) or type(error).__name__})")
 
 
 def _owner(record: DHTRecord) -> str:

@@ -83,7 +83,7 @@ class BlobExchange:
             try:
                 await self._provide_once(digests)
             except Exception as error:  # noqa: BLE001 (whatever it was, it is tried again)
-                self._host.warn(f"not all blobs were offered to others ({error or type(error).__name__})")
+                self._host.warn(f"not all blobs were offered to others ({str(error) or type(error).__name__})")
             await asyncio.sleep(PROVIDER_TTL_SECONDS / 3)
 
     async def _provide_once(self, digests: tuple[bytes, ...]) -> None:

@@ -711,7 +711,7 @@ def call_of(host: Host, claim: Signed[Claim], delta: bytes) -> dict[str, Any]:
         "covered": {},
         "claim": claim.pack(),
         "delta": host.store.put("delta", delta),
-        "expected": 1,
+        "expected": (host.peer,),
         "min_size": 1,
         "window": 1.0,
         "timeout": 1.0,
