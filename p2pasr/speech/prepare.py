@@ -6,12 +6,15 @@ import csv
 import json
 import multiprocessing
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from p2pasr.errors import LocalError
 from p2pasr.protocol.encoding import blob_digest
@@ -24,12 +27,16 @@ from p2pasr.speech.text import label_ids
 INDEX = "index.json"
 INDEX_FORMAT = "p2pasr-shards/1"
 SALT = "speaker-salt"
+SALT_BYTES = 32
 POOL_FROM_JOBS = 4
 """With fewer shards than this, starting worker processes takes longer than they save."""
 
 AUDIO_COLUMNS = ("audio", "file_name", "path")
 TEXT_COLUMNS = ("text", "transcription", "sentence")
 SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
+
+_HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
+"""What is left of a character outside the basic plane when JSON that escapes it is cut in its middle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +133,17 @@ def read_index(folder: Path) -> ShardIndex:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format") != INDEX_FORMAT:
             raise ValueError(f"its format is not {INDEX_FORMAT}")
-        return ShardIndex(
+        index = ShardIndex(
             model=content["model"],
             features=Features(**content["features"]),
             shards=[ShardEntry(**entry) for entry in content["shards"]],
             refused=[Refusal(**entry) for entry in content["refused"]],
             done=content["done"],
         )
+        listed = {shard.digest for shard in index.shards}
+        if not all(listed.issuperset(digests) for digests in index.done.values()):
+            raise ValueError("it names shards that it does not list")
+        return index
     except FileNotFoundError as error:
         raise LocalError(f"{folder} holds no shards: make them with p2pasr data prepare IN --out {folder}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -165,7 +176,7 @@ def prepare(
     jobs = {_source_key(source, batch, features): batch for batch in _batches(rows, settings.clips_per_shard)}
     finished = 0
     if previous is not None and previous.features == features:
-        finished = _keep_finished(previous, jobs, index, out)
+        finished = _keep_finished(previous, jobs, index, out, settings.strict)
     if on_progress is not None:
         on_progress(finished, len(rows))
     todo = {key: batch for key, batch in jobs.items() if key not in index.done}
@@ -197,17 +208,9 @@ def read_rows(source: Path, dialect: str) -> list[Row]:
     """
     labels, table = source / "labels.json", source / "metadata.csv"
     if labels.is_file():
-        try:
-            entries = json.loads(labels.read_text(encoding="utf-8-sig"))
-        except ValueError as error:
-            raise LocalError(f"{labels} is not JSON ({error})") from error
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise LocalError(f'{labels} must hold a list such as [{{"audio": "audio/001.wav", "text": "我想喝水"}}]')
-        path = labels
+        path, entries = labels, _read_labels(labels)
     elif table.is_file():
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            entries = list(csv.DictReader(file))
-        path = table
+        path, entries = table, _read_table(table)
     else:
         raise LocalError(f"{source} holds neither labels.json nor metadata.csv")
     if not entries:
@@ -215,22 +218,46 @@ def read_rows(source: Path, dialect: str) -> list[Row]:
     return [_row(path, number, entry, dialect) for number, entry in enumerate(entries, start=1)]
 
 
-def _row(path: Path, number: int, entry: dict[str, object], dialect: str) -> Row:
+def _read_labels(path: Path) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise LocalError(f"{path} is not JSON ({error})") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise LocalError(f'{path} must hold a list such as [{{"audio": "audio/001.wav", "text": "我想喝水"}}]')
+    return entries
+
+
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file, skipinitialspace=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise LocalError(f"{path} is not a table in UTF-8 ({error}); save it again as CSV UTF-8") from error
+
+
+def _row(path: Path, number: int, entry: dict[str, Any], dialect: str) -> Row:
     def column(names: tuple[str, ...], default: str | None = None) -> str:
         for name in names:
-            if isinstance(value := entry.get(name), str):
-                return value.strip()
+            if isinstance(value := entry.get(name), str | int):
+                return str(value).strip()
         if default is None:
-            raise LocalError(f"{path}, row {number}: there is no {' or '.join(map(repr, names))}")
+            there = ", ".join(repr(name) for name, value in entry.items() if name and value is not None)
+            raise LocalError(
+                f"{path}, row {number}: there is no {' or '.join(map(repr, names))}, only {there or 'an empty row'}"
+            )
         return default
 
-    return Row(
+    row = Row(
         number=number,
         audio=column(AUDIO_COLUMNS),
         text=column(TEXT_COLUMNS),
         speaker=column(SPEAKER_COLUMNS, ""),
         dialect=column(("dialect",), dialect) or dialect,
     )
+    if _HALF_CHARACTER.search("".join((row.audio, row.text, row.speaker, row.dialect))):
+        raise LocalError(f"{path}, row {number}: it holds half of a character (a lone surrogate); write it again")
+    return row
 
 
 def _batches(rows: list[Row], size: int) -> Iterator[tuple[Row, ...]]:
@@ -242,25 +269,38 @@ def _batches(rows: list[Row], size: int) -> Iterator[tuple[Row, ...]]:
 
 
 def _source_key(source: Path, batch: tuple[Row, ...], features: Features) -> str:
-    stamps = []
-    for row in batch:
-        path = source / row.audio
-        stat = path.stat() if path.is_file() else None
-        stamps.append((asdict(row), (stat.st_size, stat.st_mtime_ns) if stat else None))
+    stamps = [(asdict(row), _stamp(source / row.audio)) for row in batch]
     return blob_digest(json.dumps([stamps, asdict(features)]).encode()).hex()
 
 
-def _keep_finished(previous: ShardIndex, jobs: dict[str, tuple[Row, ...]], index: ShardIndex, out: Path) -> int:
-    """Move what an earlier call finished into `index`; returns how many rows that covers."""
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of a file, by which a change is noticed; None if there is no such file."""
+    try:
+        stat = path.stat()
+    except (OSError, ValueError):
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _keep_finished(
+    previous: ShardIndex, jobs: dict[str, tuple[Row, ...]], index: ShardIndex, out: Path, strict: bool
+) -> int:
+    """Move what an earlier call finished into `index`; returns how many rows that covers.
+
+    With `strict`, only batches of which nothing was refused: the others are read again, to stop there.
+    """
     entries = {shard.digest: shard for shard in previous.shards}
     rows = 0
     for key, digests in previous.done.items():
-        shards = [entries[digest] for digest in digests]
-        if key not in jobs or not all((out / shard.file).is_file() for shard in shards):
+        if key not in jobs:
             continue
         numbers = {row.number for row in jobs[key]}
+        shards = [entries[digest] for digest in digests]
+        refused = [refusal for refusal in previous.refused if refusal.row in numbers]
+        if (strict and refused) or not all((out / shard.file).is_file() for shard in shards):
+            continue
         index.shards += shards
-        index.refused += [refusal for refusal in previous.refused if refusal.row in numbers]
+        index.refused += refused
         index.done[key] = digests
         rows += len(jobs[key])
     return rows
@@ -287,6 +327,10 @@ def _run(todo: dict[str, tuple[Row, ...]], source: Path, out: Path, settings: Se
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise LocalError(
+                "a process that made shards was killed, perhaps for want of memory; run the command again to go on"
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -347,13 +391,15 @@ def _salt(out: Path) -> bytes:
     """The secret of this folder's speaker hashes; it stays here and enters no shard."""
     path = out / SALT
     if not path.is_file():
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(32))
-    return path.read_bytes()
+        _write_atomically(path, secrets.token_bytes(SALT_BYTES), mode=0o600)
+    salt = path.read_bytes()
+    if len(salt) != SALT_BYTES:
+        raise LocalError(f"{path} is damaged; delete it and {out / INDEX}, and all shards get new speaker hashes")
+    return salt
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def _write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     part = path.with_name(path.name + ".part")
+    part.touch(mode)
     part.write_bytes(data)
     part.replace(path)

@@ -51,7 +51,7 @@ def recordings(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(rows):
         path = folder / row["audio"]
-        if not path.exists() and not row["audio"].startswith("missing"):
+        if not row["audio"].startswith("missing") and not path.exists():
             soundfile.write(path, tone(0.6, hertz=200.0 + 10 * number), SAMPLE_RATE)
     (folder / "labels.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     return folder

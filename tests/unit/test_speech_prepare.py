@@ -7,6 +7,8 @@ import json
 import os
 import stat
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,18 @@ def test_a_table_gives_the_same_shards_as_labels(
     assert digests(prepare(source, tmp_path / "table", SETTINGS)) == wanted
 
 
+def test_spaces_after_the_commas_of_a_table_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "metadata.csv").write_text('audio, text\n1.wav, "开灯, 关灯"\n', encoding="utf-8")
+
+    assert [(row.audio, row.text) for row in read_rows(tmp_path, "yue")] == [("1.wav", "开灯, 关灯")]
+
+
+def test_a_number_is_read_as_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "labels.json").write_text('[{"audio": "1.wav", "text": 110, "speaker": 7}]', encoding="utf-8")
+
+    assert [(row.text, row.speaker) for row in read_rows(tmp_path, "yue")] == [("110", "7")]
+
+
 def test_labels_come_before_a_table(source: Path) -> None:
     (source / "metadata.csv").write_text("audio,text\nother.wav,别的\n", encoding="utf-8")
 
@@ -128,8 +142,14 @@ def test_rows_are_numbered_from_one_and_stripped(tmp_path: Path) -> None:
         ('[{"text": "水"}]', "row 1: there is no 'audio' or 'file_name' or 'path'"),
         (
             '[{"audio": "1.wav", "text": "水"}, {"audio": "2.wav"}]',
-            "row 2: there is no 'text' or 'transcription' or 'sentence'",
+            "row 2: there is no 'text' or 'transcription' or 'sentence', only 'audio'",
         ),
+        (
+            '[{"audio": "1.wav", "text": null}]',
+            "row 1: there is no 'text' or 'transcription' or 'sentence', only 'audio'",
+        ),
+        ("[{}]", "row 1: there is no 'audio' or 'file_name' or 'path', only an empty row"),
+        (r'[{"audio": "1.wav", "text": "\ud840"}]', "row 1: it holds half of a character"),
     ],
 )
 def test_labels_that_are_wrong_are_refused_with_the_place(tmp_path: Path, labels: str, sentence: str) -> None:
@@ -155,7 +175,7 @@ def test_labels_in_another_encoding_are_refused(tmp_path: Path) -> None:
         ("audio,text\n", "lists no recordings"),
         ("audio\n1.wav\n", "row 1: there is no 'text' or 'transcription' or 'sentence'"),
         ("text\n水\n", "row 1: there is no 'audio' or 'file_name' or 'path'"),
-        ("audio;text\n1.wav;水\n", "row 1: there is no 'audio' or 'file_name' or 'path'"),
+        ("audio;text\n1.wav;水\n", "row 1: there is no 'audio' or 'file_name' or 'path', only 'audio;text'"),
         ("audio,text\n1.wav,水\n2.wav\n", "row 2: there is no 'text' or 'transcription' or 'sentence'"),
     ],
 )
@@ -170,14 +190,17 @@ def test_a_table_that_is_wrong_is_refused_with_the_place(tmp_path: Path, table: 
 
 @pytest.mark.parametrize(
     "content",
-    ["audio,text\n1.wav,喝水\n".encode("gb18030"), b"audio,text\n1.wav," + b"x" * 200_000],
-    ids=["another encoding", "an endless field"],
+    [
+        "audio,text\n1.wav,喝水\n".encode("gb18030"),  # as Excel on Windows saves it
+        "audio,text\n1.wav,喝水\n".encode("utf-16"),
+        b"audio,text\n1.wav," + b"x" * 200_000,
+    ],
+    ids=["another encoding", "two bytes a character", "an endless field"],
 )
 def test_a_table_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "metadata.csv").write_bytes(content)
 
-    # BUG (prepare.py, read_rows): UnicodeDecodeError and csv.Error pass; Excel on Windows saves GB18030 or Big5.
-    with pytest.raises(LocalError, match=r"metadata\.csv"):
+    with pytest.raises(LocalError, match=r"metadata\.csv is not a table in UTF-8 \(.*; save it again as CSV UTF-8$"):
         read_rows(tmp_path, "yue")
 
 
@@ -199,7 +222,7 @@ FLAWED = replace(SETTINGS, clips_per_shard=4)
 
 @pytest.fixture
 def flawed(tmp_path: Path) -> Path:
-    """Two good recordings among six that cannot be used."""
+    """Two good recordings among ten that cannot be used."""
     folder = tmp_path / "flawed"
     folder.mkdir()
     soundfile.write(folder / "silent.wav", np.zeros(SAMPLE_RATE), SAMPLE_RATE)
@@ -216,6 +239,9 @@ def flawed(tmp_path: Path) -> Path:
         {"audio": "wordy.wav", "text": "水" * 44},
         {"audio": "noise.wav", "text": "喝水", "dialect": "cmn"},
         {"audio": "fine.wav", "text": "水" * 43, "dialect": "cmn"},
+        {"audio": "timed.wav", "text": "<|0.00|>喝水<|0.50|>", "dialect": "cmn"},
+        {"audio": "missing" * 50 + ".wav", "text": "喝水", "dialect": "cmn"},
+        {"audio": "", "text": "喝水", "dialect": "cmn"},
     ]
     return recordings(folder, rows)
 
@@ -223,18 +249,28 @@ def flawed(tmp_path: Path) -> Path:
 def test_refused_recordings_are_listed_by_row_file_and_reason(flawed: Path, tmp_path: Path) -> None:
     index = prepare(flawed, tmp_path / "out", FLAWED)
 
-    assert index.refused[:-1] == [
+    noise = index.refused.pop(6)
+    assert (noise.row, noise.file) == (8, "noise.wav")
+    assert noise.reason.startswith("it cannot be decoded")
+    assert index.refused == [
         Refusal(2, "missing.wav", "the file does not exist"),
         Refusal(3, "silent.wav", "it is silent"),
         Refusal(4, "short.wav", "0.20 s is shorter than 0.5 s"),
         Refusal(5, "long.wav", "it is longer than the window of 3 s"),
         Refusal(6, "wordless.wav", "its transcript is empty"),
         Refusal(7, "wordy.wav", "its transcript is 49 tokens long and the model writes at most 48"),
+        Refusal(10, "timed.wav", "its transcript contains <|0.00|>, which the tokenizer reads as a special token"),
+        Refusal(11, "missing" * 50 + ".wav", "it cannot be opened (File name too long)"),
+        Refusal(12, "", "the file does not exist"),
     ]
-    assert (index.refused[-1].row, index.refused[-1].file) == (8, "noise.wav")
-    assert index.refused[-1].reason.startswith("it cannot be decoded")
     assert index.clips == 2
+
+
+def test_the_index_on_disk_says_what_was_refused_without_a_path(flawed: Path, tmp_path: Path) -> None:
+    index = prepare(flawed, tmp_path / "out", FLAWED)
+
     assert read_index(tmp_path / "out") == index
+    assert str(tmp_path) not in (tmp_path / "out" / INDEX).read_text(encoding="utf-8")
 
 
 def test_refused_recordings_keep_their_place_in_what_is_done(flawed: Path, tmp_path: Path) -> None:
@@ -244,7 +280,7 @@ def test_refused_recordings_keep_their_place_in_what_is_done(flawed: Path, tmp_p
     second = prepare(flawed, tmp_path / "out", FLAWED, lambda done, total: calls.append((done, total)))
 
     assert second == first
-    assert calls == [(9, 9)]
+    assert calls == [(12, 12)]
 
 
 def test_strict_stops_at_the_first_refused_recording(flawed: Path, tmp_path: Path) -> None:
@@ -261,7 +297,6 @@ def test_strict_changes_nothing_where_nothing_is_refused(source: Path, tmp_path:
 def test_strict_also_stops_where_an_earlier_call_was_lenient(flawed: Path, tmp_path: Path) -> None:
     prepare(flawed, tmp_path / "out", FLAWED)
 
-    # BUG (prepare.py, _keep_finished): refusals of finished shards are taken over without a look at `strict`.
     with pytest.raises(LocalError, match=r"row 2, missing\.wav"):
         prepare(flawed, tmp_path / "out", replace(FLAWED, strict=True))
 
@@ -337,14 +372,10 @@ def test_a_speaker_added_later_is_told_apart_by_the_same_salt(tmp_path: Path) ->
 def test_a_damaged_salt_is_not_used(tmp_path: Path) -> None:
     source = spoken_by(tmp_path / "in", "mum")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / SALT).touch(mode=0o600)  # what a kill between making and writing it leaves
+    (tmp_path / "out" / SALT).touch()  # hashes made with an empty one can be undone by trying names
 
-    # BUG (prepare.py, _salt): an empty salt is used as it is; such hashes can be undone by trying names.
-    try:
+    with pytest.raises(LocalError, match=r"speaker-salt is damaged; delete it and .*index\.json"):
         prepare(source, tmp_path / "out", SETTINGS)
-    except LocalError:
-        return
-    assert len((tmp_path / "out" / SALT).read_bytes()) == 32
 
 
 # --- resuming -----------------------------------------------------------------------------------
@@ -491,6 +522,23 @@ def test_worker_processes_make_the_same_shards_as_one(
     assert calls[-1] == (24, 24)
 
 
+def test_a_killed_worker_process_is_one_sentence(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class KilledPool(ThreadPoolExecutor):
+        def __init__(self, workers: int, mp_context: object) -> None:
+            super().__init__(workers)
+
+        def submit(self, *call: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_exception(BrokenProcessPool())
+            return future
+
+    monkeypatch.setattr("p2pasr.speech.prepare.ProcessPoolExecutor", KilledPool)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+
+    with pytest.raises(LocalError, match=r"was killed, perhaps for want of memory; run the command again to go on"):
+        prepare(corpus, tmp_path / "out", replace(SETTINGS, clips_per_shard=5))
+
+
 # --- the index ----------------------------------------------------------------------------------
 
 
@@ -534,6 +582,5 @@ def test_an_index_that_names_a_shard_it_does_not_list_is_refused(source: Path, t
     index = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**index, "shards": index["shards"][1:]}), encoding="utf-8")
 
-    # BUG (prepare.py, _keep_finished): ends in a KeyError.
     with pytest.raises(LocalError, match="is damaged"):
         prepare(source, tmp_path / "out", SETTINGS)
