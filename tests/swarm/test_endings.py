@@ -21,7 +21,7 @@ STEPS = ("sync", "assign", "train", "commit", "average", "apply", "attest", "aud
 def test_a_peer_killed_at_each_of_the_eight_steps_loses_at_most_the_round_in_progress(
     fleet: Fleet, make_run: Callable[..., Path], shards: Path
 ) -> None:
-    run = make_run(rounds=len(STEPS) + 3, min_peers=2, grace_seconds=5.0)
+    run = make_run(rounds=2 * len(STEPS), min_peers=2, grace_seconds=5.0)
     entry = fleet.bootstrap().maddr
     survivor = fleet.peer("survivor", run, "--seed-data", str(shards), initial_peers=[entry])
     lives = [fleet.peer("victim", run, initial_peers=[entry])]
@@ -96,9 +96,9 @@ def test_a_network_process_that_dies_is_restarted_and_the_round_goes_on(
     second.wait_for("round", round=1)
     (process,) = [p for p in _family(second) if victim in " ".join(p.cmdline())]
     process.kill()
-    assert "restarted in" in str(second.wait_for("warning")["message"])
     assert first.wait(180.0) == 0
     assert second.wait(60.0) == 0
+    assert any("restarted in" in str(event["message"]) for event in second.seen("warning"))
     assert len(final_states(first, second)) == 1
 
 
