@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -21,13 +22,30 @@ BUNDLED = {"p2pasr/demo-base": Path(__file__).parent.parent / "demo" / "base"}
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
+NEEDED_FILES = {
+    "WhisperConfig": ("config.json",),
+    "WhisperFeatureExtractor": ("preprocessor_config.json", "processor_config.json"),
+    "WhisperTokenizer": ("tokenizer.json", "vocab.json"),
+    "WhisperForConditionalGeneration": WEIGHT_FILES,
+}
+"""transformers class → the files of which its folder needs one. Without some it takes defaults and says nothing."""
+
+EXAMPLE = "openai/whisper-small"
+"""The model that advice names where the one that was asked for is no hub id."""
+
+POSITIONS_A_SECOND = 50
+"""Positions of Whisper's encoder: one for two frames of 10 ms, so that a window is a multiple of 0.02 s."""
+
+BYTES = 256
+"""Tokens that every byte-level vocabulary has at least."""
+
 
 @dataclass(frozen=True, slots=True)
 class Frontend:
     """What stands before and after a Whisper model: features in, text out.
 
     Attributes:
-        window_seconds: the longest clip the model hears at once.
+        window_seconds: the longest clip the model hears at once, a multiple of 0.02 s.
         vocabulary: hex BLAKE3 of the tokenizer's vocabulary.
     """
 
@@ -41,52 +59,58 @@ class Frontend:
 def local_folder(model: str) -> Path | None:
     """The folder that a model's name stands for on this machine, or None for a hub id."""
     folder = BUNDLED.get(model, Path(model).expanduser())
-    return folder if folder.is_dir() else None
+    return folder if model and folder.is_dir() else None
 
 
 def load(loader: Any, model: str, revision: str | None = None, **options: Any) -> Any:
     """`loader.from_pretrained(model)`, with one clear sentence when that cannot work.
 
     Args:
-        loader: a transformers class with `from_pretrained`.
+        loader: a transformers class, one of :data:`NEEDED_FILES`.
         model: a local folder, or a hub id such as ``openai/whisper-small``.
         revision: commit of the hub repository.
 
     Raises:
-        LocalError: the folder lacks files, or the id is neither cached nor downloadable.
+        LocalError: the folder lacks files or holds damaged ones, or the name is no folder and the hub's
+            model of that id is neither cached nor downloadable.
     """
     folder = local_folder(model)
     if folder is None:
+        if not _is_hub_id(model):
+            raise _unusable(model, "it is neither a folder on this machine nor a hub id")
         options = {**options, "revision": revision}
+    elif not any((folder / name).is_file() for name in NEEDED_FILES[loader.__name__]):
+        raise _unusable(model, f"its folder has no {' or '.join(NEEDED_FILES[loader.__name__])}")
     try:
         return loader.from_pretrained(model if folder is None else str(folder), **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise LocalError(
-            f"the model {model!r} cannot be loaded ({reason}). Where there is internet, run "
-            f"'hf download {model if '/' in model else 'openai/whisper-small'} --local-dir DIR', "
-            f"copy DIR to this machine and name that folder as the model"
-        ) from error
+    except Exception as error:  # besides their own, the libraries let any error of a damaged file pass
+        where = "" if folder else "there is no such folder on this machine; "
+        sentence = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+        raise _unusable(model, f"{where}{loader.__name__}: {sentence or type(error).__name__}") from error
 
 
 def frontend(model: str, revision: str | None = None, window_seconds: float | None = None) -> Frontend:
     """Load a Whisper model's configuration, feature extractor and tokenizer (no weights).
 
     Args:
-        window_seconds: a window shorter than the model's own, in seconds; its whole if None.
+        window_seconds: a window shorter than the model's own, in seconds, rounded up to a multiple of
+            0.02 s; its whole if None.
 
     Raises:
-        LocalError: the model is missing, or the window is longer than the model's own.
+        LocalError: the model is missing or damaged, or the window is longer than the model's own.
     """
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperTokenizer
 
     config = load(WhisperConfig, model, revision)
     extractor = load(WhisperFeatureExtractor, model, revision)
     tokenizer = load(WhisperTokenizer, model, revision)
-    longest = config.max_source_positions * 2 * extractor.hop_length / extractor.sampling_rate
-    window = longest if window_seconds is None else window_seconds
-    if not 0 < window <= longest:
-        raise LocalError(f"a window of {window:g} s does not fit {model!r}, which hears {longest:g} s at once")
+    if tokenizer.vocab_size < BYTES:
+        raise _unusable(model, "its tokenizer has no vocabulary")
+    longest = config.max_source_positions / POSITIONS_A_SECOND
+    wanted = longest if window_seconds is None else window_seconds
+    if not 0 < wanted <= longest:
+        raise LocalError(f"a window of {wanted:g} s does not fit {model!r}, which hears {longest:g} s at once")
+    window = math.ceil(round(wanted * POSITIONS_A_SECOND, 6)) / POSITIONS_A_SECOND
     extractor.n_samples = round(window * extractor.sampling_rate)
     extractor.nb_max_frames = extractor.n_samples // extractor.hop_length
     return Frontend(config, extractor, tokenizer, window, _vocabulary_digest(tokenizer))
@@ -104,6 +128,8 @@ def weights_digest(model: str, revision: str | None = None) -> str:
             if (folder / name).is_file():
                 return _file_digest(folder / name)
         raise LocalError(f"{folder} holds no weights (one of {', '.join(WEIGHT_FILES)})")
+    if not _is_hub_id(model):
+        raise LocalError(f"there are no weights by the name {model!r}: it is neither a folder here nor a hub id")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
@@ -129,6 +155,25 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+def _is_hub_id(model: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in __all__
+
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _unusable(model: str, reason: str) -> LocalError:
+    repository = EXAMPLE if local_folder(model) or not _is_hub_id(model) else model
+    return LocalError(
+        f"the model {model!r} cannot be loaded ({reason}). Where there is internet, run "
+        f"'hf download {repository} --local-dir DIR', copy DIR to this machine and name that folder as the model"
+    )
 
 
 def _file_digest(path: Path) -> str:

@@ -70,6 +70,16 @@ def test_a_shorter_window_shortens_what_the_extractor_pads_to() -> None:
     assert (short.window_seconds, short.extractor.n_samples, short.extractor.nb_max_frames) == (1.5, 24_000, 150)
 
 
+@pytest.mark.parametrize(
+    ("asked", "window"), [(1.0, 1.0), (1.01, 1.02), (2.007, 2.02), (1.37, 1.38), (2.3, 2.3), (0.001, 0.02), (2.99, 3.0)]
+)
+def test_a_window_is_rounded_up_to_whole_positions_of_the_encoder(asked: float, window: float) -> None:
+    made = frontend(MODEL, window_seconds=asked)
+
+    assert (made.window_seconds, made.extractor.n_samples) == (window, round(window * 16_000))
+    assert made.extractor.nb_max_frames == round(window * 50) * 2
+
+
 def test_a_window_of_one_call_does_not_reach_the_next() -> None:
     frontend(MODEL, window_seconds=1.5)
 
@@ -94,15 +104,29 @@ def test_a_missing_hub_model_says_what_to_download() -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "tokenizer.json"])
-def test_a_folder_that_lacks_a_file_is_refused(copied: Path, file: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "missing"),
+    [
+        ("config.json", "config.json"),
+        ("preprocessor_config.json", "preprocessor_config.json or processor_config.json"),
+        ("tokenizer.json", "tokenizer.json or vocab.json"),
+    ],
+)
+def test_a_folder_that_lacks_a_file_is_refused(copied: Path, file: str, missing: str) -> None:
     (copied / file).unlink()
-    if file == "tokenizer.json":
-        (copied / "tokenizer_config.json").unlink()
 
-    # BUG (pretrained.py, load): without config.json transformers takes its defaults (a window of 30 s) and without a
-    # tokenizer an empty one; both load without a word.
-    with pytest.raises(LocalError, match=r"the model .* cannot be loaded \("):
+    # transformers itself takes a window of 30 s without config.json and an empty vocabulary without a tokenizer.
+    with pytest.raises(LocalError) as error:
+        frontend(str(copied))
+    assert str(error.value).startswith(f"the model {str(copied)!r} cannot be loaded (its folder has no {missing}). ")
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused(copied: Path) -> None:
+    tokenizer = json.loads((copied / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["model"].update(vocab={}, merges=[])
+    (copied / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+
+    with pytest.raises(LocalError, match=r"cannot be loaded \(its tokenizer has no vocabulary\)"):
         frontend(str(copied))
 
 
@@ -120,8 +144,7 @@ def test_a_folder_without_weights_is_refused(copied: Path) -> None:
 def test_a_folder_with_a_damaged_file_is_refused(copied: Path, file: str, content: str) -> None:
     (copied / file).write_text(content, encoding="utf-8")
 
-    # BUG (pretrained.py, load): only OSError and ValueError are caught; tokenizers and transformers raise others.
-    with pytest.raises(LocalError, match=r"the model .* cannot be loaded \("):
+    with pytest.raises(LocalError, match=r"^the model .* cannot be loaded \(Whisper\w+: .+\)\. Where there is"):
         frontend(str(copied))
 
 
@@ -130,7 +153,6 @@ def test_weights_cut_short_are_refused(copied: Path, keep: int) -> None:
     weights = copied / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:keep])
 
-    # BUG (pretrained.py, load): SafetensorError is neither an OSError nor a ValueError.
     with pytest.raises(LocalError, match=r"the model .* cannot be loaded \("):
         load(WhisperForConditionalGeneration, str(copied))
 
@@ -138,8 +160,8 @@ def test_weights_cut_short_are_refused(copied: Path, keep: int) -> None:
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
     with pytest.raises(LocalError) as error:
         frontend(str(tmp_path / "nowhere"))
-    # BUG (pretrained.py, load): the advice is to run 'hf download /tmp/…/nowhere', which is no repository.
-    assert "hf download /" not in str(error.value)
+    assert "it is neither a folder on this machine nor a hub id" in str(error.value)
+    assert "run 'hf download openai/whisper-small --local-dir DIR'" in str(error.value)
 
 
 # --- weights ------------------------------------------------------------------------------------
@@ -167,9 +189,9 @@ def test_the_digest_of_a_missing_models_weights_is_an_error() -> None:
 
 @pytest.mark.parametrize("model", ["/nowhere/whisper", "./whisper", "a/b/c", "", "whisper small"])
 def test_the_digest_of_weights_by_a_name_that_cannot_be_one_is_an_error(model: str) -> None:
-    # BUG (pretrained.py, weights_digest): huggingface_hub's HFValidationError passes. `p2pasr run new` comes here
-    # first, so a mistyped folder in CONFIG.yaml ends in a traceback.
-    with pytest.raises(LocalError, match="weights"):
+    with pytest.raises(
+        LocalError, match=r"there are no weights by the name .*: it is neither a folder here nor a hub id"
+    ):
         weights_digest(model)
 
 
