@@ -31,7 +31,8 @@ import numpy.typing as npt
 from p2pasr.errors import LocalError, Reject
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.tensors import pack_tensors, read_tensors
-from p2pasr.speech.mel import Mel
+from p2pasr.speech.audio import SAMPLE_RATE
+from p2pasr.speech.mel import HOP, Mel
 
 FORMAT = "p2pasr-shard/1"
 SPEAKER_HASH_BYTES = 8
@@ -116,7 +117,8 @@ def read_shard(path: Path) -> Shard:
         if meta.pop("format", None) != FORMAT:
             raise Reject(f"its format is not {FORMAT}")
         dialect = str(meta.pop("dialect"))
-        return Shard(dialect, Features(**meta), _clips(tensors))
+        features = Features(**meta)
+        return Shard(dialect, features, _clips(tensors, features))
     except (Reject, OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise LocalError(f"{path} is not a shard ({error}); make it again with p2pasr data prepare") from error
 
@@ -134,19 +136,25 @@ def check_digest(path: Path, expected: str) -> None:
         raise LocalError(f"shard {path} is corrupt: its digest is {actual[:12]}…, not {expected[:12]}…")
 
 
-def _clips(tensors: dict[str, npt.NDArray[Any]]) -> tuple[Clip, ...]:
-    mel_ends, token_ends = tensors["mel_ends"].tolist(), tensors["token_ends"].tolist()
-    clips = len(mel_ends)
-    consistent = (
-        clips > 0
-        and tensors["mel"].ndim == 2
-        and tensors["mel"].dtype == np.float16
-        and len(token_ends) == len(tensors["seconds"]) == len(tensors["speakers"]) == clips
-        and _ascending(mel_ends, len(tensors["mel"]))
-        and _ascending(token_ends, len(tensors["tokens"]))
-    )
-    if not consistent:
+def _clips(tensors: dict[str, npt.NDArray[Any]], features: Features) -> tuple[Clip, ...]:
+    frames, tokens, clips = len(tensors["mel"]), len(tensors["tokens"]), len(tensors["seconds"])
+    layout: dict[str, tuple[npt.DTypeLike, tuple[int, ...]]] = {
+        "mel": (np.float16, (frames, features.n_mels)),
+        "mel_ends": (np.int64, (clips,)),
+        "tokens": (np.int32, (tokens,)),
+        "token_ends": (np.int64, (clips,)),
+        "seconds": (np.float32, (clips,)),
+        "speakers": (np.uint8, (clips, SPEAKER_HASH_BYTES)),
+    }
+    if not clips or {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()} != layout:
         raise Reject("its tensors do not fit together")
+    mel_ends, token_ends = tensors["mel_ends"].tolist(), tensors["token_ends"].tolist()
+    if not _ascending(mel_ends, frames) or not _ascending(token_ends, tokens):
+        raise Reject("its clips do not cover its tensors")
+    if max(np.diff(mel_ends, prepend=0)) * HOP > round(features.window_seconds * SAMPLE_RATE):
+        raise Reject(f"a clip is longer than the window of {features.window_seconds:g} s")
+    if tensors["tokens"].min() < 0:
+        raise Reject("a token is negative")
     return tuple(
         Clip(
             mel=tensors["mel"][frames_from:frames_to].T,

@@ -13,11 +13,12 @@ import ctypes
 import json
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from p2pasr.errors import LocalError
 from p2pasr.speech.audio import Audio
@@ -52,12 +53,16 @@ TRAIN_VARIANTS = (
     "aunty", "belinda", "caleb", "david", "edward", "grandma", "john", "linda", "paul", "steph",
 )  # fmt: skip
 TEST_VARIANTS = ("m7", "m8", "f5", "klatt3", "Andy", "Annie", "benjamin", "grandpa", "robert", "quincy")
+VARIANTS = {"train": TRAIN_VARIANTS, "test": TEST_VARIANTS}
+"""Split → espeak-ng voice variants. One that espeak-ng lacks would be spoken without a word by its default."""
 
 SYNTHESIS_RATE = 22_050
 """Hz, what espeak-ng produces."""
 
 _ESPEAK_RATE, _ESPEAK_PITCH = 1, 3
 _AUDIO_OUTPUT_SYNCHRONOUS, _CHARS_UTF8, _DONT_EXIT = 2, 1, 0x8000
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+_NOISE_SEED = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +90,13 @@ def speakers(split: str, count: int) -> list[Speaker]:
     Args:
         split: "train" or "test"; their variants are disjoint.
         count: any number; variants repeat with another pitch, rate and tract.
+
+    Raises:
+        LocalError: there is no such split.
     """
-    variants = {"train": TRAIN_VARIANTS, "test": TEST_VARIANTS}[split]
+    if split not in VARIANTS:
+        raise LocalError(f"there is no split {split!r} of the synthetic speakers, only {' and '.join(VARIANTS)}")
+    variants = VARIANTS[split]
     draw = random.Random(f"p2pasr synthetic speakers {split}")
     return [
         Speaker(
@@ -112,20 +122,27 @@ def phrase(draw: random.Random, dialect: str) -> str:
 
 
 def say(text: str, dialect: str, speaker: Speaker) -> Audio:
-    """Speak a transcript.
+    """Speak a transcript, the same samples whatever was spoken before.
 
     Args:
         text: Chinese characters for `cmn`, `yue` and `hak`; English otherwise.
         dialect: an espeak-ng voice such as `cmn`, `yue`, `hak`, `en-us`, `en-gb-scotland`.
+        speaker: one whose variant is among :data:`VARIANTS`.
 
     Returns:
-        float32, shape (samples,), mono at :data:`SYNTHESIS_RATE`, peak at most 0.7.
+        float32, shape (samples,), mono at :data:`SYNTHESIS_RATE`, peak 0.7.
+
+    Raises:
+        LocalError: espeak-ng is missing or knows no such voice, or nothing can be heard of the text.
     """
-    spoken = " ".join(HAKKA_READINGS[char] for char in text) if dialect == "hak" else text
-    samples = _espeak()(spoken, f"{dialect}+{speaker.variant}", speaker.pitch, speaker.rate, speaker.tract)
-    if not len(samples):
-        raise LocalError(f"espeak-ng produced no sound for {text!r} in {dialect}+{speaker.variant}")
-    return samples * (0.7 / max(float(np.abs(samples).max()), 1e-6))
+    if speaker.variant not in TRAIN_VARIANTS + TEST_VARIANTS:
+        raise LocalError(f"there is no voice variant {speaker.variant!r} among the synthetic speakers")
+    voice = f"{dialect}+{speaker.variant}"
+    samples = _warp(_speak(_hakka(text) if dialect == "hak" else text, voice, speaker), speaker.tract)
+    peak = float(np.abs(samples).max(initial=0))
+    if not peak:
+        raise LocalError(f"espeak-ng produced no sound for {text!r} in {voice}")
+    return samples * (0.7 / peak)
 
 
 def write_corpus(
@@ -149,6 +166,9 @@ def write_corpus(
 
     Returns:
         The path of `labels.json`.
+
+    Raises:
+        LocalError: there is no such split or nobody to speak, or espeak-ng cannot speak the dialect.
     """
     import soundfile
 
@@ -170,6 +190,8 @@ def utterances(dialect: str, split: str, clips: int, people: int, seed: int) -> 
     draw = random.Random(f"{seed} {dialect} {split}")
     noise = np.random.default_rng([seed, *dialect.encode(), *split.encode()])
     voices = speakers(split, people)
+    if not voices:
+        raise LocalError(f"a corpus needs at least one speaker, not {people}")
     for index in range(clips):
         speaker = voices[index % len(voices)]
         text = phrase(draw, dialect)
@@ -178,46 +200,61 @@ def utterances(dialect: str, split: str, clips: int, people: int, seed: int) -> 
         yield text, speaker, samples + level * noise.standard_normal(len(samples)).astype(np.float32)
 
 
-@lru_cache(maxsize=1)
-def _espeak() -> Callable[[str, str, int, int, float], Audio]:
-    """Load espeak-ng once a process and return its speaking function. It is not thread-safe."""
-    try:
-        import espeakng_loader
-    except ImportError as error:
-        raise LocalError("synthetic speech needs espeak-ng: pip install 'p2pasr[demo]'") from error
+def _hakka(text: str) -> str:
+    """The readings of a transcript's characters, which espeak-ng's Hakka voice can speak."""
+    if unknown := "".join(char for char in text if char not in HAKKA_READINGS):
+        raise LocalError(f"there is no Hakka reading for {unknown!r}: only the phrases of the corpus can be spoken")
+    return " ".join(HAKKA_READINGS[char] for char in text)
 
-    lib = ctypes.cdll.LoadLibrary(espeakng_loader.get_library_path())
-    data = espeakng_loader.get_data_path().encode()
-    rate = lib.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, data, _DONT_EXIT)
-    if rate != SYNTHESIS_RATE:
-        raise LocalError(f"espeak-ng could not start (espeak_Initialize returned {rate})")
 
-    pieces: list[np.ndarray] = []
-    callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+def _speak(text: str, voice: str, speaker: Speaker) -> Audio:
+    """What espeak-ng says, at its own vocal-tract length. It is not thread-safe."""
+    pieces: list[npt.NDArray[np.int16]] = []
 
     def collect(samples: ctypes._Pointer[ctypes.c_short], count: int, _events: object) -> int:
         if count > 0:
             pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0
 
-    callback = callback_type(collect)
-    lib.espeak_SetSynthCallback(callback)
-
-    def speak(text: str, voice: str, pitch: int, words_per_minute: int, tract: float) -> Audio:
-        pieces.clear()
-        if lib.espeak_SetVoiceByName(voice.encode()) != 0:
+    callback = _CALLBACK(collect)
+    with _fresh_espeak() as espeak:
+        espeak.espeak_SetSynthCallback(callback)
+        if espeak.espeak_SetVoiceByName(voice.encode()) != 0:
             raise LocalError(f"espeak-ng has no voice {voice!r}")
         # Resampling by `tract` moves the formants; pitch and pace are set against it beforehand.
-        lib.espeak_SetParameter(_ESPEAK_RATE, round(words_per_minute / tract), 0)
-        lib.espeak_SetParameter(_ESPEAK_PITCH, pitch, 0)
+        espeak.espeak_SetParameter(_ESPEAK_RATE, round(speaker.rate / speaker.tract), 0)
+        espeak.espeak_SetParameter(_ESPEAK_PITCH, speaker.pitch, 0)
         data = text.encode()
-        lib.espeak_Synth(data, len(data) + 1, 0, 0, 0, _CHARS_UTF8, None, None)
-        lib.espeak_Synchronize()
-        spoken = np.concatenate(pieces) if pieces else np.zeros(0, np.int16)
-        return _warp(np.divide(spoken, 32_768, dtype=np.float32), tract)
+        espeak.espeak_Synth(data, len(data) + 1, 0, 0, 0, _CHARS_UTF8, None, None)
+        espeak.espeak_Synchronize()
+    spoken = np.concatenate(pieces) if pieces else np.zeros(0, np.int16)
+    return np.divide(spoken, 32_768, dtype=np.float32)
 
-    speak.callback = callback  # type: ignore[attr-defined]  # must live as long as the library calls it
-    return speak
+
+@contextmanager
+def _fresh_espeak() -> Iterator[ctypes.CDLL]:
+    """An espeak-ng that has said nothing yet, unloaded when done with.
+
+    Its flutter, noise and echo run on from one utterance to the next, and most of that cannot be set
+    back: only a library that is loaded anew says the same whatever was said before.
+    """
+    try:
+        import espeakng_loader
+    except ImportError as error:
+        raise LocalError("synthetic speech needs espeak-ng: pip install 'p2pasr[demo]'") from error
+
+    espeak, libc = ctypes.CDLL(espeakng_loader.get_library_path()), ctypes.CDLL(None)
+    try:
+        data = espeakng_loader.get_data_path().encode()
+        rate = espeak.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, data, _DONT_EXIT)
+        if rate != SYNTHESIS_RATE:
+            raise LocalError(f"espeak-ng could not start (espeak_Initialize returned {rate})")
+        espeak.espeak_ng_SetRandSeed(ctypes.c_long(_NOISE_SEED))
+        libc.srand(_NOISE_SEED)
+        yield espeak
+        espeak.espeak_Terminate()
+    finally:
+        libc.dlclose(ctypes.c_void_p(espeak._handle))
 
 
 def _warp(samples: Audio, factor: float) -> Audio:

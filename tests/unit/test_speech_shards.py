@@ -307,13 +307,14 @@ UNFIT: dict[str, Change] = {
     "other mel bands than it says": tensor("mel", lambda a: np.ascontiguousarray(a[:, :40])),
     "a clip longer than its window": lambda _, meta: meta.update(window_seconds=0.25),
     "tokens that are no integers": tensor("tokens", lambda a: a.astype(np.float32)),
+    "a negative token": tensor("tokens", lambda a: a - 6),
+    "a tensor of no use": lambda tensors, _: tensors.update(audio=np.zeros(3, np.float32)),
     "hashes of another length": tensor("speakers", lambda a: np.ascontiguousarray(a[:, :4])),
 }
 
 
 @pytest.mark.parametrize("what", UNFIT)
 def test_a_shard_that_no_model_could_train_on_is_refused(tmp_path: Path, what: str) -> None:
-    # BUG (shards.py, _clips): read without a word; training then ends in a traceback from inside the model.
     path = tmp_path / "a"
     path.write_bytes(changed(UNFIT[what]))
 
