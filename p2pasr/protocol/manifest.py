@@ -27,6 +27,9 @@ from pydantic import (
 from p2pasr.errors import LocalError, P2pasrError, Reject
 from p2pasr.protocol.encoding import MAX_DEPTH, MEBIBYTE, blob_digest, pack, unpack
 
+FORMAT: Final = "p2pasr-run/1"
+"""What a manifest says that it is."""
+
 MAX_MANIFEST_BYTES: Final = 16 * MEBIBYTE
 """Longest manifest: about 100,000 shards."""
 
@@ -129,12 +132,20 @@ class RunConfig(_Section):
     """What a person decides about a run."""
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=128)]
+    """For people. Printable, since it appears on the terminals of strangers."""
     task: TaskSection
     rounds: RoundSection
     data: DataSection = DataSection()
     averaging: AveragingSection = AveragingSection()
     retention: RetentionSection = RetentionSection()
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+
+    @field_validator("name")
+    @classmethod
+    def _printable(cls, name: str) -> str:
+        if not name.isprintable():
+            raise ValueError(f"{name!r:.60} is not one line of printable text")
+        return name
 
     @model_validator(mode="after")
     def _a_group_is_large_enough(self) -> RunConfig:
@@ -160,7 +171,7 @@ class ShardRef(_Section):
 class RunManifest(RunConfig):
     """A run, complete: everything two strangers need to compute the same states."""
 
-    format: Literal["p2pasr-run/1"] = "p2pasr-run/1"
+    format: Literal["p2pasr-run/1"] = FORMAT
     shards: Annotated[tuple[ShardRef, ...], Field(min_length=1, max_length=100_000, strict=False)]
     initial: HexDigest
     """Digest of the initial parameters; each peer computes them itself and compares."""
@@ -215,6 +226,8 @@ def read_config(path: Path) -> RunConfig:
         raise LocalError(f"the configuration {path} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or the 30th of February
         raise LocalError(f"the configuration {path} is not YAML ({' '.join(str(error).split())})") from error
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        raise LocalError(f"{path} is a run's manifest already, not a configuration; peers take it with --run")
     return validated(RunConfig, content, str(path))
 
 
@@ -261,6 +274,14 @@ def validated(model: type[M], content: Any, where: str, failure: type[P2pasrErro
         raise failure(_sentence(error, where)) from error
 
 
+_PLAINER: Final = {
+    "dict_type": "input should be a map of keys to values",
+    "model_type": "input should be a map of keys to values",
+    "tuple_type": "input should be a list",
+}
+"""What some of pydantic's errors are called here; people write YAML and not Python."""
+
+
 def _sentence(error: ValidationError, where: str) -> str:
     first = error.errors(include_url=False)[0]
     key = ".".join(map(str, first["loc"]))
@@ -271,7 +292,7 @@ def _sentence(error: ValidationError, where: str) -> str:
         return f"{place} is missing"
     if first["type"] == "value_error":  # one of ours, which says itself what it found
         return f"{place}: {first['ctx']['error']}"
-    message = first["msg"]
+    message = _PLAINER.get(first["type"], first["msg"])
     return f"{place}: {message[0].lower()}{message[1:]} (found {first['input']!r:.60})"
 
 

@@ -22,7 +22,7 @@ def usable_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" makes tensors, but computes nothing
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         reason = str(error).strip().split("\n")[0]
         raise LocalError(f"the device {name!r} cannot be used ({reason:.80}); try cpu, cuda or cuda:1") from error

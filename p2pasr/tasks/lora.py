@@ -24,8 +24,7 @@ from p2pasr.tasks.base import Checkpoint, OnProgress, OnStep, SegmentPlan, Segme
 from p2pasr.tasks.determinism import hardware_class, reproducible, uniform, usable_device
 from p2pasr.tasks.whisper import collate, sample_batches, token_losses, transcribe
 
-POSITIONS_A_SECOND = 50
-FRAMES_A_POSITION = 2
+FRAMES_A_SECOND = 100
 
 
 class LoraTaskConfig(BaseModel):
@@ -91,7 +90,7 @@ class LoraTask:
                 f"the weights of {source!r} are not those this run was made with ({config.weights[:12]}…); "
                 f"get that version and name its folder with --model"
             )
-        self.frames = _frames(self.frontend.window_seconds)
+        self.frames = round(self.frontend.window_seconds * FRAMES_A_SECOND)
         self.features = Features(
             int(self.frontend.extractor.feature_size), self.frontend.window_seconds, self.frontend.vocabulary
         )
@@ -201,19 +200,17 @@ class LoraTask:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        try:  # task_type stays unset: SEQ_2_SEQ_LM and FEATURE_EXTRACTION break Whisper's forward
-            return get_peft_model(
-                model,
-                LoraConfig(
-                    r=config.rank,
-                    lora_alpha=config.alpha,
-                    lora_dropout=config.dropout,
-                    target_modules=list(config.targets),
-                    bias="none",
-                ),
-            )
-        except ValueError as error:
-            raise LocalError(f"task.config.targets {list(config.targets)} match no layer of {source!r}") from error
+        _check_targets(model, config)
+        return get_peft_model(
+            model,
+            LoraConfig(  # task_type stays unset: SEQ_2_SEQ_LM and FEATURE_EXTRACTION break Whisper's forward
+                r=config.rank,
+                lora_alpha=config.alpha,
+                lora_dropout=config.dropout,
+                target_modules=list(config.targets),
+                bias="none",
+            ),
+        )
 
     def _initial(self, marker: str) -> Tensors:
         out: Tensors = {}
@@ -312,14 +309,19 @@ def _adapters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return dict(sorted(found.items()))
 
 
-def _frames(window_seconds: float) -> int:
-    """Frames of whole encoder positions that cover a window; rounded first, since 2.02 · 50 is above 101."""
-    return FRAMES_A_POSITION * math.ceil(round(window_seconds * POSITIONS_A_SECOND, 6))
+def _check_targets(model: torch.nn.Module, config: LoraTaskConfig) -> None:
+    names = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    known = sorted({name.rpartition(".")[2] for name in names})
+    for target in config.targets:
+        if target not in known:
+            raise LocalError(
+                f"task.config.targets: {target!r} is no linear layer of {config.model!r}; it has {', '.join(known)}"
+            )
 
 
 def _shorten(model: Any, frames: int) -> None:
-    """Cut the encoder's positions to a shorter window."""
-    positions = frames // FRAMES_A_POSITION
+    """Cut the encoder's positions to a shorter window (two frames a position)."""
+    positions = frames // 2
     encoder = model.model.encoder
     if positions < model.config.max_source_positions:
         kept = encoder.embed_positions.weight[:positions].detach().clone()

@@ -253,7 +253,7 @@ def test_a_new_run_is_written_where_it_is_wanted(p2pasr: Command, config: Path, 
 BAD_CONFIGS = {
     "name: [": "is not YAML",
     "name: quick\n": "quick.yaml: task is missing",
-    "": "quick.yaml: input should be a valid dictionary",
+    "": "quick.yaml: input should be a map of keys to values (found None)",
     "name: quick\ntask: {kind: lora}\nrounds: {rounds: 3}\n": "task.config: model is missing",
     "name: quick\ntask: {kind: lora}\nrounds: {rounds: many}\n": "rounds.rounds: input should be a valid integer",
     "name: quick\ntask: {kind: lora}\nrounds: {rounds: 3}\nround: 3\n": "round is not a known key; remove it or check",

@@ -111,6 +111,10 @@ def test_what_only_resembles_scientific_notation_stays_text(tmp_path: Path, text
     [
         ("name: a run", "nam: a run", "name is missing"),
         ("name: a run", "name: a run\nnmae: x", "nmae is not a known key"),
+        ("name: a run", 'name: "a\\e[31m run"', r"name: 'a\\x1b\[31m run' is not one line of printable text"),
+        ("name: a run", "name: |\n  a\n  run", r"name: 'a\\nrun\\n' is not one line of printable text"),
+        ("kind: toy", "kind: toy\n  konfig: 1", r"task\.konfig is not a known key"),
+        ("config: {learning_rate: 1e-3, layers: [1, 2]}", "config: 1", r"task\.config: .*map of keys .*\(found 1\)"),
         ("  rounds: 3", "  rounds: 3\n  segmens: 2", r"rounds\.segmens is not a known key"),
         ("  rounds: 3", "  rounds: three", r"rounds\.rounds: .*integer"),
         ("  rounds: 3", "  rounds: 3.0", r"rounds\.rounds: .*integer"),
@@ -208,7 +212,7 @@ def test_a_round_may_not_wait_for_more_peers_than_a_group_holds(tmp_path: Path, 
 
 @pytest.mark.parametrize("text", ["", "[]", "7", "text", "null"])
 def test_a_config_that_is_no_map_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(LocalError, match="dictionary"):
+    with pytest.raises(LocalError, match=r"run\.yaml: input should be a map of keys to values \(found "):
         read_config(written(tmp_path, text))
 
 
@@ -229,6 +233,12 @@ def test_a_config_that_is_not_yaml_is_refused_in_one_line(tmp_path: Path, text: 
     with pytest.raises(LocalError, match="is not YAML") as caught:
         read_config(written(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_is_not_taken_for_a_config(tmp_path: Path) -> None:
+    make_manifest().write(tmp_path / "run.json")
+    with pytest.raises(LocalError, match=r"run\.json is a run's manifest already, not a configuration; peers take it"):
+        read_config(tmp_path / "run.json")
 
 
 def test_a_config_in_another_encoding_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,7 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
         ({"model": MODEL, "learning_rate": 0.0}, "task.config: learning_rate: input should be greater than 0"),
         ({"model": MODEL, "learning_rate": float("nan")}, "task.config: learning_rate: input should be"),
         ({"model": MODEL, "targets": []}, "task.config: targets: "),
+        ({"model": MODEL, "targets": "q_proj"}, "task.config: targets: input should be a list (found 'q_proj')"),
         ({"model": MODEL, "average": "mean"}, "task.config: average: input should be 'factors' or 'frozen-a'"),
         ({"model": MODEL, "quantise": "2bit"}, "task.config: quantise: input should be 'none', '8bit' or '4bit'"),
         ({"model": MODEL, "precision": "fp16"}, "task.config: precision: input should be 'fp32' or 'bf16'"),
@@ -87,7 +89,7 @@ def test_a_number_that_is_none_is_refused(key: str, value: float) -> None:
         build("lora", {**LORA, key: value}, seed=0)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cpu:x", "cuda:99", ""])
+@pytest.mark.parametrize("device", ["gpu", "cpu:x", "cuda:99", "meta", ""])
 def test_a_device_that_torch_does_not_have_is_refused(device: str) -> None:
     with pytest.raises(LocalError, match=rf"^the device '{device}' cannot be used \(.*\); try cpu, cuda or cuda:1$"):
         build("lora", LORA, seed=0, device=device)
@@ -98,9 +100,15 @@ def test_an_unknown_kind_of_task_is_refused() -> None:
         build("student", LORA, seed=0)
 
 
-def test_targets_that_match_no_layer_are_refused(make_task: MakeTask) -> None:
-    with pytest.raises(LocalError, match=r"^task\.config\.targets \['query'\] match no layer of 'p2pasr/demo-base'$"):
-        make_task(targets=["query"])
+@pytest.mark.parametrize(
+    "targets",
+    [["query"], ["q_proj", "query"], ["embed_tokens"], ["conv1"], ["encoder"], [""], [".*"]],
+    ids=str,
+)
+def test_targets_that_are_no_linear_layers_are_refused(make_task: MakeTask, targets: list[str]) -> None:
+    sentence = f"task.config.targets: {targets[-1]!r} is no linear layer of 'p2pasr/demo-base'; it has fc1, fc2, k_proj"
+    with pytest.raises(LocalError, match=f"^{re.escape(sentence)}"):
+        make_task(targets=targets)
 
 
 def test_other_weights_than_the_runs_are_refused(make_task: MakeTask) -> None:
