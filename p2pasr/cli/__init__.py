@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+from p2pasr import __version__
 from p2pasr.cli import data, demo, run, score
 from p2pasr.errors import P2pasrError
 from p2pasr.report import Report
@@ -17,6 +19,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"p2pasr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of `p2pasr` itself."""
+
+
 app.add_typer(data.app, name="data")
 app.add_typer(run.app, name="run")
 app.add_typer(demo.app, name="demo")

@@ -34,7 +34,10 @@ def prepare(
     clips_per_shard: Annotated[int, typer.Option(min=1, help="rows of the input in one shard")] = 64,
     strict: Annotated[bool, typer.Option("--strict", help="stop at the first recording that is refused")] = False,
 ) -> None:
-    """Read recordings and transcripts, write shards of log-mels and token ids.
+    """Make shards of log-mels and token ids.
+
+    The folder holds recordings and either labels.json, a list such as [{"audio": "audio/001.wav", "text": "我想喝水"}]
+    with "speaker" and "dialect" where known, or metadata.csv with the same columns.
 
     Recordings that are too short, too long, silent, clipped or unreadable are left out and listed.
     An interrupted call goes on where it stopped.
@@ -49,11 +52,11 @@ def prepare(
         clips_per_shard=clips_per_shard,
         strict=strict,
     )
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     with progress_bar("preparing recordings") as on_progress:
         index = prepare_shards(source, out, settings, on_progress)
     for refusal in index.refused:
-        console.print(f"refused: row {refusal.row}, {refusal.file}: {refusal.reason}", style="yellow", markup=False)
+        console.print(f"refused: row {refusal.row}, {refusal.file}: {refusal.reason}", style="yellow")
     console.print(
         f"{index.clips} clips, {index.seconds / 60:.1f} minutes of audio in {len(index.shards)} shards in {out}; "
         f"{len(index.refused)} recordings refused"

@@ -18,7 +18,10 @@ def run(
     peers: Annotated[int, typer.Option(min=1, max=16, help="training peers")] = 3,
     rounds: Annotated[int | None, typer.Option(min=1, help="rounds, if not the configuration's")] = None,
 ) -> None:
-    """Adapt a small Whisper from Mandarin to Cantonese with a bootstrap node and training peers on loopback."""
+    """Train a small Whisper with real peers.
+
+    A bootstrap node and training peers on loopback adapt it from Mandarin to Cantonese.
+    """
     from p2pasr.demo.swarm import run_demo
 
     raise typer.Exit(run_demo(out, peers, rounds))
@@ -29,11 +32,14 @@ def corpus(
     out: Annotated[Path, typer.Option(metavar="DIR", help="folder for recordings and labels.json")],
     dialect: Annotated[str, typer.Option(help="cmn, yue, hak, en-us, en-gb-scotland …")] = "yue",
     split: Annotated[Literal["train", "test"], typer.Option(help="their speakers differ")] = "train",
-    clips: Annotated[int, typer.Option(min=1)] = 1200,
-    people: Annotated[int, typer.Option(min=1)] = 24,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    clips: Annotated[int, typer.Option(min=1, help="recordings")] = 1200,
+    people: Annotated[int, typer.Option(min=1, help="synthetic speakers")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="what is said, and by whom, follows from it")] = 0,
 ) -> None:
-    """Write synthetic recordings (espeak-ng) in the form that `p2pasr data prepare` reads."""
+    """Write synthetic recordings.
+
+    espeak-ng speaks them; `p2pasr data prepare` reads them.
+    """
     from p2pasr.report import progress_bar
     from p2pasr.speech.synthetic import write_corpus
 
@@ -56,7 +62,10 @@ def make_base(
     steps: Annotated[int | None, typer.Option(min=1, help="training steps, if not the recipe's")] = None,
     clips: Annotated[int | None, typer.Option(min=1, help="training clips, if not the recipe's")] = None,
 ) -> None:
-    """Train the demo's base model from scratch on synthetic Mandarin (about five minutes on two cores)."""
+    """Train the demo's base model from scratch.
+
+    It learns synthetic Mandarin in about five minutes on two cores.
+    """
     from dataclasses import replace
 
     from p2pasr.demo.base import Recipe, make_base

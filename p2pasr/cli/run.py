@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from p2pasr.errors import LocalError
+
 app = typer.Typer(help="Start a run.", no_args_is_help=True)
 
 
@@ -27,7 +29,9 @@ def new(
     from p2pasr.protocol.manifest import read_config
     from p2pasr.runs import new_run
 
-    console = Console(soft_wrap=True, highlight=False)
+    if out is not None and out.resolve() == config.resolve():
+        raise LocalError(f"--out {out} is the configuration itself; name another file for the manifest")
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     with Console(stderr=True).status("checking the shards and building the initial state"):
         manifest = new_run(read_config(config), shards, model)
     path = out or config.with_suffix(".run.json")

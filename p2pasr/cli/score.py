@@ -28,7 +28,10 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
-    """Score the base and the trained model on held-out shards: character and word error rate."""
+    """Score the base and the trained model.
+
+    Prints their character and word error rates on held-out shards.
+    """
     from p2pasr import runs
 
     saved = runs.open_run(run, state_dir)
@@ -43,7 +46,7 @@ def evaluate(
         typer.echo(json.dumps({"round": state.round, "base": dict(base), "trained": dict(trained)}, ensure_ascii=False))
         return
     title = f"{saved.manifest.name}, before round {state.round}"
-    Console().print(error_rate_table(title, {"base": base, "trained": trained}))
+    Console(markup=False).print(error_rate_table(title, {"base": base, "trained": trained}))
 
 
 def export(
@@ -53,7 +56,10 @@ def export(
     state_dir: StateDir = None,
     model: ModelDir = None,
 ) -> None:
-    """Write the trained model (for LoRA: an adapter folder that PEFT loads)."""
+    """Write the trained model to a folder.
+
+    For LoRA this is an adapter folder that PEFT loads.
+    """
     from p2pasr import runs
 
     saved = runs.open_run(run, state_dir)

@@ -24,8 +24,9 @@ from p2pasr.speech.prepare import Settings, prepare
 from p2pasr.speech.synthetic import write_corpus
 
 CONFIG: Final = Path(__file__).parent / "config.yaml"
-OURS: Final = ("corpus", "shards", "held-out", "swarm", "adapter")
-"""Folders inside the output folder that a new demo replaces."""
+FOLDERS: Final = ("corpus", "shards", "held-out", "swarm", "adapter")
+FILES: Final = ("run.json", "report.json", "curve.png")
+"""What a demo leaves in its output folder, and a new one replaces."""
 
 TRAIN_CLIPS, TRAIN_PEOPLE, TEST_CLIPS, TEST_PEOPLE = 1200, 24, 300, 20
 SECONDS_A_ROUND: Final = 120.0
@@ -95,8 +96,10 @@ def run_demo(out: Path, peers: int, rounds: int | None) -> int:
     report["seconds"] = round(time.monotonic() - board.started, 1)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     console.print(
-        f"CER [bold]{report['cer_before']:.1%} → {report['cer_after']:.1%}[/bold] on speakers that nobody trained on\n"
-        f"curve:   {out / 'curve.png'}\nreport:  {out / 'report.json'}\nadapter: {report['adapter_dir']}"
+        f"CER [bold]{report['cer_before']:.1%} → {report['cer_after']:.1%}[/bold] on speakers that nobody trained on"
+    )
+    console.print(
+        f"curve:   {out / 'curve.png'}\nreport:  {out / 'report.json'}\nadapter: {report['adapter_dir']}", markup=False
     )
     if not report["state_digests_equal"]:
         raise LocalError("the peers ended with different states; their logs are in " + str(out / "swarm" / "logs"))
@@ -105,7 +108,12 @@ def run_demo(out: Path, peers: int, rounds: int | None) -> int:
 
 def _empty(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    for name in OURS:
+    others = sorted(path.name for path in out.iterdir() if path.name not in FOLDERS + FILES)
+    if others:
+        raise LocalError(
+            f"{out} holds other things than a demo, such as {others[0]}; name a folder of its own with --out"
+        )
+    for name in FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from p2pasr import cli, runs
+from p2pasr import __version__, cli, runs
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.peers.journal import Journal
-from p2pasr.protocol.manifest import RunManifest, read_manifest
+from p2pasr.protocol.manifest import RunManifest, read_config, read_manifest
 from p2pasr.speech.audio import SAMPLE_RATE
 from p2pasr.speech.prepare import read_index
 
@@ -119,6 +119,17 @@ def test_every_command_explains_itself(p2pasr: Command, command: str) -> None:
 
     assert result.code == 0
     assert f"{f'p2pasr {command}'.strip()} [OPTIONS]" in result.out
+
+
+def test_the_version_is_told(p2pasr: Command) -> None:
+    result = p2pasr("--version")
+
+    assert (result.code, result.out) == (0, f"p2pasr {__version__}\n")
+
+
+@pytest.mark.parametrize("command", ["", "data", "run", "demo"])
+def test_a_list_of_commands_says_whole_sentences(p2pasr: Command, command: str) -> None:
+    assert "..." not in p2pasr(*command.split(), "--help").out.split("Commands:")[1]
 
 
 @pytest.mark.parametrize("command", ["fly", "data prepare", "run new a.yaml", "eval a.json", "demo corpus --clips 0"])
@@ -294,6 +305,7 @@ def test_a_base_model_that_is_not_there_is_one_sentence(
         (("quick.yaml", "--shards", "nowhere"), ("nowhere holds no shards",)),
         (("quick.yaml", "--shards", "SHARDS", "--out", "no/where.json"), ("no/where.json",)),
         (("quick.yaml", "--shards", "SHARDS", "--out", "."), (": Is a directory",)),
+        (("quick.yaml", "--shards", "SHARDS", "--out", "./quick.yaml"), ("is the configuration itself",)),
         ((".", "--shards", "SHARDS"), ("the configuration . cannot be read",)),
     ],
 )
@@ -310,6 +322,16 @@ def test_a_run_that_cannot_be_made_is_one_sentence(
     arguments = tuple(str(shards) if argument == "SHARDS" else argument for argument in arguments)
 
     failed(p2pasr("run", "new", *arguments), *parts)
+
+
+def test_a_folders_name_is_printed_as_it_is(p2pasr: Command, config: Path, source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "[bold]x" / "[/y]"
+    ready = p2pasr("data", "prepare", source, "--out", folder, "--model", MODEL)
+    made = p2pasr("run", "new", config, "--shards", folder, "--out", folder / "run.json")
+
+    assert (ready.code, made.code) == (0, 0)
+    assert f"in 1 shards in {folder};" in ready.out
+    assert made.out.endswith(f"--run {folder / 'run.json'} --seed-data {folder}\n")
 
 
 # --- eval ---------------------------------------------------------------------------------------
@@ -346,6 +368,22 @@ def test_eval_prints_a_table_for_people(p2pasr: Command, run_file: Path, home: P
     rows = [line for line in result.out.splitlines() if "base" in line or "trained" in line]
     assert len(rows) == 2
     assert all("%" in row and "–" in row and "24" in row for row in rows)
+
+
+def test_eval_prints_a_runs_name_as_it_is(p2pasr: Command, config: Path, shards: Path, tmp_path: Path) -> None:
+    named = read_config(config).model_copy(update={"name": "[bold]a[/x] run"})
+    manifest = runs.new_run(named, shards)
+    manifest.write(tmp_path / "run.json")
+    first = runs.initial_state(manifest, runs.build_task(manifest))
+    folder = runs.run_folder(tmp_path, manifest.run_id)
+    journal, store = Journal(folder), BlobStore(folder / "blobs")
+    journal.hold(0, store.put("state", first.blob))
+    journal.close()
+
+    result = p2pasr("eval", tmp_path / "run.json", "--shards", shards, "--state-dir", tmp_path)
+
+    assert result.code == 0
+    assert "[bold]a[/x] run, before round 0" in result.out
 
 
 FAILING = [
@@ -458,6 +496,15 @@ def test_demo_corpus_of_a_split_that_does_not_exist_is_one_sentence(p2pasr: Comm
 
 def test_demo_corpus_into_a_file_is_one_sentence(p2pasr: Command, run_file: Path) -> None:
     failed(p2pasr("demo", "corpus", "--out", run_file, "--clips", "1"), run_file)
+
+
+def test_the_demo_does_not_write_among_other_things(p2pasr: Command, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "mine").touch()
+    (tmp_path / "notes.txt").touch()
+
+    failed(p2pasr("demo", "run", "--out", tmp_path), f"{tmp_path} holds other things than a demo, such as notes.txt")
+    assert (tmp_path / "shards" / "mine").exists()
 
 
 def test_the_demos_configuration_is_valid() -> None:
