@@ -102,7 +102,7 @@ class Link:
         with self._lock:
             attempt = self._attempt
             if attempt is None or not self._up.is_set():
-                raise self._failure or LinkDown("the network process is being restarted")
+                raise self._why_down("the network process is being restarted")
             number = next(self._ids)
             attempt.pending[number] = future
             self._send(attempt, {"id": number, "call": method, "args": args})
@@ -136,7 +136,7 @@ class Link:
             LinkDown: it is not, after `timeout` seconds.
         """
         if not self._up.wait(timeout):
-            raise self._failure or LinkDown(f"the network process has not come back within {timeout:.0f} s")
+            raise self._why_down(f"the network process has not come back within {timeout:.0f} s")
 
     def stop(self) -> None:
         """End the process and remove its sockets; returns within a few seconds."""
@@ -150,6 +150,11 @@ class Link:
         if self._thread.is_alive():
             self._thread.join(STOP_SECONDS)
         sockets.remove(self._sockets_note)
+
+    def _why_down(self, sentence: str) -> P2pasrError:
+        """The error for a call that cannot be made: what a person must mend, or else that a restart is under way."""
+        failure = self._failure
+        return failure if isinstance(failure, LocalError) else LinkDown(sentence + (f" ({failure})" if failure else ""))
 
     def _supervise(self) -> None:
         delays = _delays()
