@@ -294,7 +294,6 @@ def test_a_base_model_that_is_not_there_is_one_sentence(
 ) -> None:
     config.write_text(config.read_text(encoding="utf-8").replace(MODEL, model), encoding="utf-8")
 
-    # BUG (pretrained.py, weights_digest): huggingface_hub's HFValidationError passes.
     failed(p2pasr("run", "new", config, "--shards", shards), model)
 
 
