@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import random
 import re
 import socket
 import time
@@ -29,6 +30,12 @@ DAEMON_SECONDS: Final = 30.0
 DHT_WAIT_SECONDS: Final = 5.0
 """How long a DHT node may take to answer; a home PC that trains answers slowly."""
 
+TOUCH_SECONDS: Final = 5.0
+"""How often a node looks whether it has lost touch with the peers that it is connected to."""
+
+NEIGHBOURS: Final = 8
+"""A node that knows so many others is in touch."""
+
 
 class Node:
     """A member of the network, composed of hivemind's `P2P` and `DHTNode` in the running event loop.
@@ -44,6 +51,7 @@ class Node:
         self._on_wait = on_wait
         self._p2p: P2P | None = None
         self._dht: DHTNode | None = None
+        self._touching: asyncio.Task[None] | None = None
 
     @property
     def peer(self) -> str:
@@ -87,6 +95,7 @@ class Node:
             try:
                 await self._start_daemon(entries[0])
                 await self._start_dht(entries[0])
+                self._touching = asyncio.create_task(self._keep_in_touch())
                 return
             except TransportError as error:
                 await self.stop()
@@ -100,6 +109,8 @@ class Node:
 
     async def stop(self) -> None:
         """Leave the network and end the daemon."""
+        if self._touching is not None:
+            self._touching.cancel()
         dht, self._dht = self._dht, None
         p2p, self._p2p = self._p2p, None
         if dht is not None:
@@ -119,6 +130,27 @@ class Node:
             return ()
         visible = [str(maddr) for maddr in await self.p2p.get_visible_maddrs(latest=True)]
         return tuple(sorted(visible, key=lambda maddr: ("/127." in maddr, "/p2p-circuit" in maddr)))
+
+    async def _keep_in_touch(self) -> None:
+        while True:
+            await asyncio.sleep(TOUCH_SECONDS)
+            with contextlib.suppress(
+                P2PDaemonError, ControlFailure, OSError
+            ):  # a daemon that died is noticed elsewhere
+                await self._touch()
+
+    async def _touch(self) -> None:
+        """Bring connected peers back that the DHT has dropped.
+
+        hivemind drops a peer at the first call that it does not answer in time. Where two drop each
+        other, nothing in the DHT would ever bring them together again, though they are connected.
+        """
+        known = set(self.dht.protocol.routing_table.peer_id_to_uid)
+        if len(known) >= NEIGHBOURS:
+            return
+        dropped = [info.peer_id for info in await self.p2p.list_peers() if info.peer_id not in known]
+        chosen = random.sample(dropped, min(NEIGHBOURS, len(dropped)))
+        await asyncio.gather(*(self.dht.protocol.call_ping(peer) for peer in chosen))
 
     async def _start_daemon(self, peers: tuple[str, ...]) -> None:
         class Daemon(P2P):  # type: ignore[misc]
