@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -321,12 +321,10 @@ def _run(todo: dict[str, tuple[Row, ...]], source: Path, out: Path, settings: Se
         return
     # Not forked: a parent that has loaded torch holds threads and locks that a fork would copy.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures: dict[Future[_Made], str] = {
-            pool.submit(_make_shard, batch, source, out, settings, salt): key for key, batch in todo.items()
-        }
+        futures = {key: pool.submit(_make_shard, batch, source, out, settings, salt) for key, batch in todo.items()}
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            for key, future in futures.items():  # in the input's order, so that the first error is always the same
+                yield key, future.result()
         except BrokenProcessPool as error:
             raise LocalError(
                 "a process that made shards was killed, perhaps for want of memory; run the command again to go on"

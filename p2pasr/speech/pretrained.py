@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -117,32 +118,53 @@ def frontend(model: str, revision: str | None = None, window_seconds: float | No
 
 
 def weights_digest(model: str, revision: str | None = None) -> str:
-    """Hex BLAKE3 of a model's weight file, by which peers agree that they start from the same base.
+    """Hex BLAKE3 of a model's weights, by which peers agree that they start from the same base.
+
+    It is that of the weight file or, where an index names several, of the list of theirs.
 
     Raises:
-        LocalError: no weight file is found.
+        LocalError: no weight file is found, or an index names one that is not there.
     """
+    for name in WEIGHT_FILES:
+        path = _weight_file(model, name, revision)
+        if path is None:
+            continue
+        if path.suffix != ".json":
+            return _file_digest(path)
+        parts = [(part, _weight_file(model, part, revision)) for part in _named_by(path)]
+        if missing := [part for part, found in parts if found is None]:
+            raise LocalError(f"the weights of {model!r} lack {', '.join(missing)}, which {name} names; get it again")
+        lines = [f"{_file_digest(found)}\t{part}\n" for part, found in parts if found]
+        return str(blake3("".join(lines).encode()).hexdigest())
+    raise LocalError(f"{local_folder(model) or model} holds no weights (one of {', '.join(WEIGHT_FILES)})")
+
+
+def _weight_file(model: str, name: str, revision: str | None) -> Path | None:
+    """A file of a model's folder or, downloaded if need be, of its hub repository; None if it has no such file."""
     folder = local_folder(model)
     if folder is not None:
-        for name in WEIGHT_FILES:
-            if (folder / name).is_file():
-                return _file_digest(folder / name)
-        raise LocalError(f"{folder} holds no weights (one of {', '.join(WEIGHT_FILES)})")
+        return folder / name if (folder / name).is_file() else None
     if not _is_hub_id(model):
         raise LocalError(f"there are no weights by the name {model!r}: it is neither a folder here nor a hub id")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-    for name in WEIGHT_FILES:
-        try:
-            return _file_digest(Path(hf_hub_download(model, name, revision=revision)))
-        except LocalEntryNotFoundError as error:
-            raise LocalError(f"the weights of {model!r} are neither cached here nor downloadable") from error
-        except EntryNotFoundError:
-            continue
-        except (HfHubHTTPError, OSError) as error:
-            raise LocalError(f"the weights of {model!r} cannot be fetched ({error})") from error
-    raise LocalError(f"the hub repository {model!r} holds no weights")
+    try:
+        return Path(hf_hub_download(model, name, revision=revision))
+    except LocalEntryNotFoundError as error:
+        raise LocalError(f"the weights of {model!r} are neither cached here nor downloadable") from error
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, OSError) as error:
+        raise LocalError(f"the weights of {model!r} cannot be fetched ({error})") from error
+
+
+def _named_by(index: Path) -> list[str]:
+    """The files that an index of weights in several files names, sorted."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LocalError(f"{index} is not an index of weights ({error}); get the model again") from error
 
 
 def quiet_libraries() -> None:

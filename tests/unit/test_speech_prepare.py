@@ -217,7 +217,7 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
 
 # --- refusals -----------------------------------------------------------------------------------
 
-FLAWED = replace(SETTINGS, clips_per_shard=4)
+FLAWED = replace(SETTINGS, clips_per_shard=6)
 
 
 @pytest.fixture
@@ -520,6 +520,15 @@ def test_worker_processes_make_the_same_shards_as_one(
     assert len(alone.shards) == 5
     assert together.shards == alone.shards
     assert calls[-1] == (24, 24)
+
+
+def test_strict_stops_at_the_same_recording_however_many_processes_work(
+    flawed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+
+    with pytest.raises(LocalError, match=r"^row 2, missing\.wav: the file does not exist$"):
+        prepare(flawed, tmp_path / "out", replace(FLAWED, clips_per_shard=1, strict=True))
 
 
 def test_a_killed_worker_process_is_one_sentence(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,41 @@ def test_other_weights_have_another_digest(copied: Path) -> None:
     assert weights_digest(str(copied)) != weights_digest(MODEL)
 
 
+@pytest.fixture
+def split(copied: Path) -> Path:
+    """The demo's model with its weights in several files."""
+    load(WhisperForConditionalGeneration, str(copied)).save_pretrained(copied, max_shard_size="1MB")
+    (copied / "model.safetensors").unlink(missing_ok=True)
+    assert len(list(copied.glob("model-*.safetensors"))) > 1
+    return copied
+
+
+def test_weights_in_several_files_are_named_by_all_of_them(split: Path) -> None:
+    digest = weights_digest(str(split))
+    last = max(split.glob("model-*.safetensors"))
+    data = bytearray(last.read_bytes())
+    data[-1] ^= 1
+    last.write_bytes(data)
+
+    assert weights_digest(str(split)) != digest
+
+
+def test_weights_in_several_files_of_which_one_is_missing_are_refused(split: Path) -> None:
+    last = max(split.glob("model-*.safetensors"))
+    last.unlink()
+
+    with pytest.raises(LocalError, match=rf"lack {last.name}, which model\.safetensors\.index\.json names"):
+        weights_digest(str(split))
+
+
+@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1, "b": "c"}}'])
+def test_a_damaged_index_of_weights_is_refused(split: Path, index: str) -> None:
+    (split / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+
+    with pytest.raises(LocalError, match="is not an index of weights"):
+        weights_digest(str(split))
+
+
 def test_the_digest_of_a_missing_models_weights_is_an_error() -> None:
     with pytest.raises(LocalError, match=r"the weights of 'openai/whisper-nowhere' are neither cached .* downloadable"):
         weights_digest("openai/whisper-nowhere")
