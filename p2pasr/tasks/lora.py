@@ -273,7 +273,7 @@ class LoraTask:
 
             optimizer = AdamW8bit(list(self._trained.values()), **options)
         else:
-            optimizer = torch.optim.AdamW(list(self._trained.values()), **options)
+            optimizer = torch.optim.AdamW(list(self._trained.values()), fused=True, **options)
         _restore_moments(optimizer, self._trained, start)
         return optimizer
 
