@@ -282,7 +282,10 @@ class LocalNetwork:
         return host
 
     async def pair(self) -> tuple[tuple[asyncio.StreamReader, asyncio.StreamWriter], ...]:
-        """Both ends of a stream."""
+        """Both ends of a stream; they are closed at the end although whoever asked is cancelled meanwhile."""
+        return await asyncio.shield(self._open_pair())
+
+    async def _open_pair(self) -> tuple[tuple[asyncio.StreamReader, asyncio.StreamWriter], ...]:
         ends = [await asyncio.open_connection(sock=end) for end in socket.socketpair()]
         self.writers += [writer for _, writer in ends]
         return tuple(ends)
