@@ -55,6 +55,9 @@ POLL_SECONDS: Final = 0.5
 QUIET_SECONDS: Final = 3.0
 """Peers finish a round within moments of each other; only a longer wait is worth a sentence."""
 
+AHEAD_SECONDS: Final = 10.0
+"""How long a peer that is alone in its round gives others, who say that they are further, to show it."""
+
 PATIENCE_SECONDS: Final = 30.0
 """How long one wait lasts before the round is looked at afresh from its first step."""
 
@@ -331,7 +334,10 @@ def ready_to_train(member: Member) -> bool:
         resuming = pending is not None and (pending.round, pending.state) == (member.state.round, member.state.digest)
         late = member.fresh and len(training) >= rounds.min_peers and bool(begun) and not resuming
         missing = rounds.min_peers - 1 - len(here)
-        if missing <= 0 and not late:
+        ahead = [r.round for r in roster.values() if r.round > member.state.round]
+        waited = time.monotonic() - started
+        left_behind = not here and bool(ahead) and waited < AHEAD_SECONDS
+        if missing <= 0 and not late and not left_behind:
             return True
         if not waiting:
             member.say("waiting")
@@ -339,6 +345,8 @@ def ready_to_train(member: Member) -> bool:
         elsewhere = [r for r in roster.values() if (r.round, r.state) != (member.state.round, member.state.digest)]
         if late:
             reason = f"round {member.state.round} is under way with {len(training)} peers: this one joins the next"
+        elif left_behind:
+            reason = f"the others are in round {max(ahead)} already: waiting for what they agree on"
         else:
             reason = f"waiting for {missing} more peer{'s' if missing > 1 else ''} (a round needs {rounds.min_peers})"
             if elsewhere:
@@ -346,7 +354,6 @@ def ready_to_train(member: Member) -> bool:
                 reason += (
                     f"; {len(elsewhere)} hold another state ({rounds_seen}), this one {member.state.digest.hex()[:8]}"
                 )
-        waited = time.monotonic() - started
         if waited > QUIET_SECONDS:
             member.report.wait(reason)
         if overtaken(member) or waited > PATIENCE_SECONDS:
