@@ -40,6 +40,9 @@ LINK_SECONDS: Final = 120.0
 LINGER_SECONDS: Final = 30.0
 """How long a peer that has finished stays to give its state to those who have not."""
 
+MAX_THREADS: Final = 1024
+"""More than any home has cores; what every thread costs could end the machine."""
+
 RETRY_SECONDS: Final = (1.0, 2.0, 5.0, 10.0)
 
 
@@ -338,8 +341,6 @@ def _device(options: PeerOptions) -> str:
         torch.set_num_threads(options.threads)
     if options.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise LocalError(f"--device {options.device} was asked for, but torch finds no CUDA device here")
     return options.device
 
 
@@ -377,6 +378,8 @@ def _options(arguments: argparse.Namespace) -> PeerOptions:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise LocalError(f"--{name.replace('_', '-')} must be a finite number above 0 (found {value:g})")
+    if (arguments.threads or 0) > MAX_THREADS:
+        raise LocalError(f"--threads {arguments.threads} is more than {MAX_THREADS}; give the cores of this machine")
     return PeerOptions(
         initial_peers=tuple(arguments.initial_peers),
         state_dir=arguments.state_dir,

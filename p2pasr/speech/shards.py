@@ -119,7 +119,9 @@ def read_shard(path: Path) -> Shard:
         dialect = str(meta.pop("dialect"))
         features = Features(**meta)
         return Shard(dialect, features, _clips(tensors, features))
-    except (Reject, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except OSError as error:
+        raise LocalError(f"the shard {path} cannot be read ({error.strerror})") from error
+    except (Reject, ValueError, KeyError, TypeError, IndexError) as error:
         raise LocalError(f"{path} is not a shard ({error}); make it again with p2pasr data prepare") from error
 
 

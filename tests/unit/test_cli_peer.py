@@ -114,6 +114,10 @@ def test_a_number_that_must_be_above_zero_is_refused(
     assert fails("--run", run_file, option, value) == f"{option} must be a finite number above 0 (found {found})"
 
 
+def test_more_threads_than_any_machine_has_cores_are_refused(fails: Failure, run_file: Path) -> None:
+    assert "--threads 100000 is more than 1024" in fails("--run", run_file, "--threads", "100000")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -239,8 +239,9 @@ def test_a_file_that_is_no_tensor_file_is_refused(tmp_path: Path, content: bytes
 
 
 def test_a_missing_shard_and_a_folder_are_refused(tmp_path: Path) -> None:
-    refused(tmp_path / "missing")
-    refused(tmp_path)
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(LocalError, match="cannot be read"):
+            read_shard(path)
 
 
 def test_the_digest_of_a_missing_shard_is_an_error(tmp_path: Path) -> None:
