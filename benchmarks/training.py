@@ -44,6 +44,7 @@ class Row:
 
 def measure(steps: int, batch: int, turns: int) -> list[Row]:
     """Measure both, turn by turn, and compare medians."""
+    rows = _feature_rows(turns)  # first, as in a process that does nothing else: training warms the allocator
     with tempfile.TemporaryDirectory(prefix="p2pasr-bench-") as name:
         folder = Path(name)
         write_corpus(folder / "corpus", dialect="yue", split="train", clips=128, people=8)
@@ -53,10 +54,19 @@ def measure(steps: int, batch: int, turns: int) -> list[Row]:
         step_ours, step_theirs = _in_turns(ours, theirs, turns)
     samples = steps * batch
     what = f"LoRA step, {MODEL}, batch {batch}, window 3 s, {torch.get_num_threads()} threads"
-    rows = _pair(what, "samples/s", samples / step_ours, samples / step_theirs, "Seq2SeqTrainer + peft")
-    feature_ours, feature_theirs = _features(turns)
-    what = f"log-mels of a {CLIP_SECONDS:g} s clip"
-    return rows + _pair(what, "clips/s", 1 / feature_ours, 1 / feature_theirs, "WhisperFeatureExtractor, 30 s")
+    return rows + _pair(what, "samples/s", samples / step_ours, samples / step_theirs, "Seq2SeqTrainer + peft")
+
+
+def _feature_rows(turns: int) -> list[Row]:
+    rows: list[Row] = []
+    cores = torch.get_num_threads()
+    for threads in sorted({1, cores}):  # preparation runs one process a core, each with one thread
+        torch.set_num_threads(threads)
+        ours, theirs = _features(turns)
+        what = f"log-mels of a {CLIP_SECONDS:g} s clip, {threads} thread{'s' if threads > 1 else ''}"
+        rows += _pair(what, "clips/s", 1 / ours, 1 / theirs, "WhisperFeatureExtractor, 30 s")
+    torch.set_num_threads(cores)
+    return rows
 
 
 def _pair(what: str, unit: str, ours: float, theirs: float, name: str) -> list[Row]:

@@ -9,12 +9,14 @@ padded spectrogram bit for bit, in float32 as in float16.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from p2pasr.speech.audio import SAMPLE_RATE, Audio
+from p2pasr.speech.audio import Audio
 
 if TYPE_CHECKING:
     from transformers import WhisperFeatureExtractor
@@ -39,15 +41,31 @@ def log_mel(audio: Audio, extractor: WhisperFeatureExtractor) -> Mel:
     Returns:
         float16, shape (n_mels, frames) with `frames` about samples / 160 + 2.
     """
-    window = int(extractor.n_samples)
+    return np.asarray(spectrogram(audio, extractor).to(torch.float16).numpy())
+
+
+def spectrogram(audio: Audio, extractor: WhisperFeatureExtractor) -> torch.Tensor:
+    """The same before rounding: float32, shape (n_mels, frames).
+
+    It is what the extractor computes, operation by operation and so bit by bit, without all that it
+    does around it, which for a short clip takes longer.
+    """
     hops_to_silence = -(-(len(audio) + HALF_WINDOW) // HOP)
-    length = min((hops_to_silence + 1) * HOP, window)
-    padded = np.zeros(max(length, len(audio)), dtype=np.float32)
-    padded[: len(audio)] = audio
-    features = extractor(
-        padded[:window], sampling_rate=SAMPLE_RATE, padding="longest", truncation=False, return_tensors="np"
+    padded = torch.zeros(max(min((hops_to_silence + 1) * HOP, extractor.n_samples), len(audio)))
+    padded[: len(audio)] = torch.from_numpy(audio)
+    window, filters = _tables(extractor)
+    spectrum = torch.stft(
+        padded[: extractor.n_samples], extractor.n_fft, extractor.hop_length, window=window, return_complex=True
     )
-    return np.asarray(features.input_features[0], dtype=np.float16)
+    powers = (spectrum[..., :-1].abs() ** 2).contiguous()
+    logs = torch.clamp(filters.T @ powers, min=1e-10).log10()
+    return (torch.maximum(logs, logs.max() - 8.0) + 4.0) / 4.0
+
+
+@lru_cache(maxsize=8)
+def _tables(extractor: WhisperFeatureExtractor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An extractor's analysis window, and its mel filters, float32, shape (n_fft / 2 + 1, n_mels)."""
+    return torch.hann_window(extractor.n_fft), torch.from_numpy(extractor.mel_filters).to(torch.float32)
 
 
 def restore(mel: npt.NDArray[np.floating], frames: int) -> npt.NDArray[np.floating]:

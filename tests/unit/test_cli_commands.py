@@ -513,4 +513,4 @@ def test_the_demos_configuration_is_valid() -> None:
 
     assert (config.rounds.rounds, config.rounds.min_peers) == (5, 2)
     assert config.task.config["model"] == MODEL
-    assert config.task.config["learning_rate"] == pytest.approx(3e-3)
+    assert config.task.config["learning_rate"] == pytest.approx(5e-3)
