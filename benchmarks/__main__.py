@@ -52,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     averaging.set_defaults(run=_averaging, title="averaging 1,769,472 values on loopback, a round")
 
     training = kinds.add_parser("training", help="a LoRA step and features, beside transformers' own")
-    training.add_argument("--steps", type=int, default=40)
+    training.add_argument("--steps", type=int, default=20)
     training.add_argument("--batch", type=int, default=16)
-    training.add_argument("--turns", type=int, default=5)
+    training.add_argument("--turns", type=int, default=8)
     training.set_defaults(run=_training, title="training, beside transformers in the same run")
 
     swarm = kinds.add_parser("swarm", help="time to the first step, share of time training, bytes a round")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,15 +38,18 @@ def reproducible(seed: bytes, device: torch.device) -> Iterator[None]:
     """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
+    memory: Any = torch.utils.deterministic  # its attribute is unknown to type checkers
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int.from_bytes(keyed_bytes(seed + b"torch", 8), "big"))
         torch.use_deterministic_algorithms(True)
+        memory.fill_uninitialized_memory = False  # a search for bugs that writes all memory twice
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(before)
+            torch.use_deterministic_algorithms(before[0])
+            memory.fill_uninitialized_memory = before[1]
 
 
 def shuffled(count: int, key: bytes) -> list[int]:
