@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from p2pasr.speech.audio import Audio
 
 if TYPE_CHECKING:
+    import torch
     from transformers import WhisperFeatureExtractor
 
 HALF_WINDOW = 200
@@ -41,7 +41,7 @@ def log_mel(audio: Audio, extractor: WhisperFeatureExtractor) -> Mel:
     Returns:
         float16, shape (n_mels, frames) with `frames` about samples / 160 + 2.
     """
-    return np.asarray(spectrogram(audio, extractor).to(torch.float16).numpy())
+    return np.asarray(spectrogram(audio, extractor).half().numpy())
 
 
 def spectrogram(audio: Audio, extractor: WhisperFeatureExtractor) -> torch.Tensor:
@@ -50,6 +50,8 @@ def spectrogram(audio: Audio, extractor: WhisperFeatureExtractor) -> torch.Tenso
     It is what the extractor computes, operation by operation and so bit by bit, without all that it
     does around it, which for a short clip takes longer.
     """
+    import torch  # here, for commands that only look at shards should start at once
+
     hops_to_silence = -(-(len(audio) + HALF_WINDOW) // HOP)
     padded = torch.zeros(max(min((hops_to_silence + 1) * HOP, extractor.n_samples), len(audio)))
     padded[: len(audio)] = torch.from_numpy(audio)
@@ -65,6 +67,8 @@ def spectrogram(audio: Audio, extractor: WhisperFeatureExtractor) -> torch.Tenso
 @lru_cache(maxsize=8)
 def _tables(extractor: WhisperFeatureExtractor) -> tuple[torch.Tensor, torch.Tensor]:
     """An extractor's analysis window, and its mel filters, float32, shape (n_fft / 2 + 1, n_mels)."""
+    import torch
+
     return torch.hann_window(extractor.n_fft), torch.from_numpy(extractor.mel_filters).to(torch.float32)
 
 
