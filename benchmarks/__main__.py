@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     averaging = kinds.add_parser("averaging", help="a round of averaging, beside hivemind's averager")
     averaging.add_argument("--peers", type=int, nargs="+", default=[4, 8])
-    averaging.add_argument("--codecs", nargs="+", default=["float16", "int8"])
+    averaging.add_argument("--codecs", nargs="+", default=["float32", "float16", "int8", "int4"])
     averaging.add_argument("--rounds", type=int, default=10)
     averaging.set_defaults(run=_averaging, title="averaging 1,769,472 values on loopback, a round")
 

@@ -619,9 +619,8 @@ def apply(member: Member, work: Work, merged: Merged, expected: set[str]) -> Res
     member.step("apply", f"round {member.state.round}: applying the average of {len(merged.members)} peers")
     layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
     vector = layout.decode(member.store.get(merged.average))
-    params, moments = outer.step(
-        member.state.params, member.state.moments, unflatten(vector, member.like), member.manifest.averaging.outer
-    )
+    delta, section = unflatten(vector, member.like), member.manifest.averaging.outer
+    params, moments = outer.step(member.state.params, member.state.moments, delta, section, member.state.round)
     if not all(np.isfinite(value).all() for value in (*params.values(), *moments.values())):
         raise Reject("the average moves the parameters beyond what float32 holds")
     claims = [merged.members[position].message for position in in_every_part(merged.receipts)]

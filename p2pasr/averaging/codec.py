@@ -20,9 +20,10 @@ from p2pasr.protocol.tensors import Tensors
 Vector = npt.NDArray[np.float32]
 """Shape (values,), float32, C-contiguous."""
 
-CodecName = Literal["float32", "float16", "int8"]
+CodecName = Literal["float32", "float16", "int8", "int4"]
 
 INT8_LIMIT: Final = np.float32(127)
+INT4_LIMIT: Final = np.float32(7)
 FLOAT16_LIMIT: Final = np.float32(65_504)
 
 
@@ -36,11 +37,13 @@ class Codec:
     float32   little-endian                                          4 n
     float16   little-endian, rounded to nearest even                 2 n
     int8      float32 absmax / 127 of each block, then the quotients n + 4 ⌈n / block⌉
+    int4      float32 absmax / 7 of each block, then the quotients   ⌈n / 2⌉ + 4 ⌈n / block⌉
+              plus 8, two in a byte, the lower half first
     ========  =====================================================  ====================
 
     Args:
         name: which.
-        block: values that share a scale in `int8`.
+        block: values that share a scale in `int8` and `int4`.
     """
 
     name: CodecName
@@ -52,7 +55,8 @@ class Codec:
             return 4 * values
         if self.name == "float16":
             return 2 * values
-        return values + 4 * -(-values // self.block)
+        scales = 4 * -(-values // self.block)
+        return scales + (values if self.name == "int8" else -(-values // 2))
 
     def encode(self, part: Vector) -> bytes:
         """Encode finite values.
@@ -66,11 +70,14 @@ class Codec:
             return bytes(part.astype("<f4").tobytes())
         if self.name == "float16":
             return bytes(np.clip(part, -FLOAT16_LIMIT, FLOAT16_LIMIT).astype("<f2").tobytes())
+        limit = INT8_LIMIT if self.name == "int8" else INT4_LIMIT
         blocks = _padded(part, self.block)
-        scales = np.abs(blocks).max(axis=1) / INT8_LIMIT
+        scales = np.abs(blocks).max(axis=1) / limit
         divisors = np.where(scales > 0, scales, np.float32(1))
-        quotients = np.clip(np.rint(blocks / divisors[:, None]), -INT8_LIMIT, INT8_LIMIT).astype(np.int8)
-        return bytes(scales.astype("<f4").tobytes() + quotients.reshape(-1)[: len(part)].tobytes())
+        rounded = np.clip(np.rint(blocks / divisors[:, None]), -limit, limit).astype(np.int8)
+        quotients = rounded.reshape(-1)[: len(part)]
+        packed = quotients if self.name == "int8" else _pack_halves(quotients)
+        return bytes(scales.astype("<f4").tobytes() + packed.tobytes())
 
     def decode(self, data: bytes | memoryview, values: int) -> Vector:
         """Decode a part; the same bytes give the same bits on every machine.
@@ -85,16 +92,17 @@ class Codec:
         elif self.name == "float16":
             part = np.frombuffer(data, dtype="<f2").astype(np.float32)
         else:
-            part = self._decode_int8(data, values)
+            part = self._decode_blocks(data, values)
         if not np.isfinite(part).all():
             raise Reject("a part holds values that are not finite")
         return part
 
-    def _decode_int8(self, data: bytes | memoryview, values: int) -> Vector:
+    def _decode_blocks(self, data: bytes | memoryview, values: int) -> Vector:
         scales = np.frombuffer(data, dtype="<f4", count=-(-values // self.block))
-        quotients = _padded(np.frombuffer(data, dtype=np.int8, offset=4 * len(scales)), self.block)
+        packed = np.frombuffer(data, dtype=np.int8, offset=4 * len(scales))
+        quotients = packed if self.name == "int8" else _unpack_halves(packed)[:values]
         with np.errstate(over="ignore", invalid="ignore"):  # `decode` refuses what is not finite
-            products: Vector = np.multiply(quotients, scales[:, None], dtype=np.float32)
+            products: Vector = np.multiply(_padded(quotients, self.block), scales[:, None], dtype=np.float32)
         return products.reshape(-1)[:values]
 
 
@@ -182,6 +190,23 @@ def unflatten(vector: Vector, like: Mapping[str, npt.NDArray[Any]]) -> Tensors:
         offset += size
     if offset != len(vector):
         raise ValueError(f"{len(vector)} values do not fit parameters of {offset}")
+    return out
+
+
+def _pack_halves(quotients: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
+    """Two values of -7…7 in a byte, each plus 8, the first in the lower half; an odd one beside a zero."""
+    shifted = np.full(-(-len(quotients) // 2) * 2, 8, dtype=np.uint8)
+    shifted[: len(quotients)] = (quotients + 8).astype(np.uint8)
+    packed: npt.NDArray[np.uint8] = np.bitwise_or(shifted[::2], np.left_shift(shifted[1::2], np.uint8(4)))
+    return packed
+
+
+def _unpack_halves(packed: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
+    """The inverse of :func:`_pack_halves`, as many values as halves."""
+    halves = packed.view(np.uint8)
+    out = np.empty(2 * len(halves), dtype=np.int8)
+    out[::2] = (halves & 15).astype(np.int8) - 8
+    out[1::2] = (halves >> 4).astype(np.int8) - 8
     return out
 
 

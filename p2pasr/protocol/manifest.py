@@ -84,18 +84,21 @@ class RoundSection(_Section):
 class OuterSection(_Section):
     """How the average of the deltas moves the shared parameters."""
 
-    kind: Literal["fedavg", "nesterov"] = "fedavg"
+    kind: Literal["fedavg", "fedavgm", "nesterov", "fedadam"] = "fedavg"
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Used by `nesterov` only."""
+    """Of `fedavgm` and `nesterov`; β₁ of `fedadam`."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """Of `fedadam`, as β₂."""
 
 
 class AveragingSection(_Section):
     """How deltas are encoded and merged."""
 
-    codec: Literal["float32", "float16", "int8"] = "float16"
+    codec: Literal["float32", "float16", "int8", "int4"] = "float16"
     block: Annotated[int, Field(ge=16, le=65_536)] = 256
-    """Values that share one scale in `int8`."""
+    """Values that share one scale in `int8` and `int4`."""
     part_values: Annotated[int, Field(ge=256, le=1 << 22)] = 1 << 17
     """Values in one part, the unit of reduction."""
     weight_cap: Annotated[float, Field(ge=1)] = 4.0

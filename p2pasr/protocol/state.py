@@ -110,11 +110,10 @@ def parse_state(blob: bytes, manifest: RunManifest, like: Tensors) -> State:
         raise Reject("a state holds other parameters than this run trains")
     if not all(np.isfinite(value).all() for value in tensors.values()):
         raise Reject("a state holds values that are not finite")
-    if any(
-        name not in params or (a.shape, a.dtype) != (params[name].shape, params[name].dtype)
-        for name, a in moments.items()
-    ):
-        raise Reject("a state's moments do not fit its parameters")
+    for name, moment in moments.items():
+        moved = params.get(name.removeprefix("first/").removeprefix("second/"))
+        if moved is None or (moment.shape, moment.dtype) != (moved.shape, moved.dtype):
+            raise Reject("a state's moments do not fit its parameters")
     _check_ledger(meta, manifest)
     try:
         state = State(

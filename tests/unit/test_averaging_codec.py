@@ -15,7 +15,16 @@ from p2pasr.protocol.manifest import AveragingSection
 
 from .builders import initial_params, random_delta
 
-CODECS = [Codec("float32"), Codec("float16"), Codec("int8", 16), Codec("int8", 64)]
+CODECS = [
+    Codec("float32"),
+    Codec("float16"),
+    Codec("int8", 16),
+    Codec("int8", 64),
+    Codec("int4", 16),
+    Codec("int4", 64),
+]
+LIMITS = {"int8": 127, "int4": 7}
+BLOCKWISE = pytest.mark.parametrize("codec", CODECS[2:], ids=lambda codec: f"{codec.name}/{codec.block}")
 EACH = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: f"{codec.name}/{codec.block}")
 
 TINY = np.finfo(np.float32).smallest_normal
@@ -28,9 +37,9 @@ def vectors(limit: float, least: int = 1, most: int = 100) -> st.SearchStrategy[
 
 
 def block_scales(codec: Codec, vector: Vector) -> Vector:
-    """For each value, the largest magnitude in its block divided by 127."""
+    """For each value, the largest magnitude in its block divided by the codec's largest quotient."""
     maxima = [np.abs(vector[cut : cut + codec.block]).max() for cut in range(0, len(vector), codec.block)]
-    return np.repeat(np.array(maxima, np.float32), codec.block)[: len(vector)] / np.float32(127)
+    return np.repeat(np.array(maxima, np.float32), codec.block)[: len(vector)] / np.float32(LIMITS[codec.name])
 
 
 @EACH
@@ -72,24 +81,22 @@ def test_float16_stops_at_its_largest_value(value: float, expected: float) -> No
     assert codec.decode(codec.encode(np.array([value], np.float32)), 1).tolist() == [expected]
 
 
-@pytest.mark.parametrize("block", [16, 64])
+@BLOCKWISE
 @given(vector=vectors(1e30))
-def test_int8_is_off_by_half_a_step_of_its_block_at_most(block: int, vector: Vector) -> None:
-    codec = Codec("int8", block)
+def test_a_value_is_off_by_half_a_step_of_its_block_at_most(codec: Codec, vector: Vector) -> None:
     decoded = codec.decode(codec.encode(vector), len(vector))
     scales = block_scales(codec, vector).astype(np.float64)
     assert (np.abs(decoded.astype(np.float64) - vector) <= scales * (0.5 + 1e-4)).all()
 
 
-@pytest.mark.parametrize("block", [16, 64])
+@BLOCKWISE
 @given(vector=vectors(1e30))
-def test_int8_keeps_the_largest_value_of_a_block_and_every_sign(block: int, vector: Vector) -> None:
-    codec = Codec("int8", block)
+def test_the_largest_value_of_a_block_and_every_sign_are_kept(codec: Codec, vector: Vector) -> None:
     decoded = codec.decode(codec.encode(vector), len(vector))
     assert (decoded * np.sign(vector) >= 0).all()
-    for cut in range(0, len(vector), block):
-        largest = np.abs(vector[cut : cut + block]).max()
-        assert np.abs(decoded[cut : cut + block]).max() == pytest.approx(largest, rel=1e-6)
+    for cut in range(0, len(vector), codec.block):
+        largest = np.abs(vector[cut : cut + codec.block]).max()
+        assert np.abs(decoded[cut : cut + codec.block]).max() == pytest.approx(largest, rel=1e-6)
 
 
 @given(vectors(1e30))
@@ -102,6 +109,24 @@ def test_int8_is_the_scales_and_then_the_quotients(vector: Vector) -> None:
     assert len(quotients) == len(vector)
     assert np.abs(quotients.astype(int)).max() <= 127
     np.testing.assert_array_equal(scales, block_scales(codec, vector)[::16])
+
+
+@given(vectors(1e30))
+def test_int4_is_the_scales_and_then_two_quotients_in_a_byte(vector: Vector) -> None:
+    codec = Codec("int4", 16)
+    encoded = codec.encode(vector)
+    blocks = -(-len(vector) // 16)
+    np.testing.assert_array_equal(np.frombuffer(encoded[: 4 * blocks], "<f4"), block_scales(codec, vector)[::16])
+    halves = [half for byte in encoded[4 * blocks :] for half in (byte & 15, byte >> 4)]
+    assert len(halves) == len(vector) + len(vector) % 2
+    assert all(1 <= half <= 15 for half in halves)
+    assert halves[len(vector) :] == [8] * (len(vector) % 2)
+    decoded = codec.decode(encoded, len(vector)).tolist()
+    assert [half - 8 for half in halves[: len(vector)] if half != 8] == [
+        round(value / scale)
+        for value, scale in zip(decoded, block_scales(codec, vector).tolist(), strict=True)
+        if value
+    ]
 
 
 @EACH
@@ -171,7 +196,7 @@ layouts = st.builds(
     lambda values, blocks, codec: Layout(values, blocks * codec.block, codec),
     st.integers(1, 2000),
     st.integers(1, 8),
-    st.sampled_from([Codec("float32", 16), Codec("float16", 16), Codec("int8", 16)]),
+    st.sampled_from([Codec("float32", 16), Codec("float16", 16), Codec("int8", 16), Codec("int4", 16)]),
 )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -27,34 +30,49 @@ def deltas(rounds: int) -> list[Tensors]:
 @pytest.mark.parametrize("rate", [1.0, 0.7])
 def test_fedavg_adds_the_average_scaled_by_the_rate(rate: float) -> None:
     params, (delta,) = initial_params(), deltas(1)
-    moved, moments = outer.step(params, {}, delta, OuterSection(kind="fedavg", learning_rate=rate))
+    moved, moments = outer.step(params, {}, delta, OuterSection(kind="fedavg", learning_rate=rate), 0)
     assert moments == {}
     for name, value in params.items():
         np.testing.assert_array_equal(moved[name], value + np.float32(rate) * delta[name])
         assert moved[name].dtype == np.float32
 
 
-@pytest.mark.parametrize(("rate", "momentum"), [(0.7, 0.9), (1.0, 0.5), (0.1, 0.0)])
-def test_nesterov_follows_torch(rate: float, momentum: float) -> None:
-    section = OuterSection(kind="nesterov", learning_rate=rate, momentum=momentum)
+def follow(section: OuterSection, make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]) -> Tensors:
+    """Take twelve steps beside torch's optimizer; returns the last moments."""
     params = initial_params()
     theirs = {name: torch.nn.Parameter(torch.from_numpy(value.copy())) for name, value in params.items()}
-    optimizer = torch.optim.SGD(theirs.values(), lr=rate, momentum=momentum, nesterov=momentum > 0)
+    optimizer = make(list(theirs.values()))
     moments: Tensors = {}
-    for delta in deltas(12):
-        params, moments = outer.step(params, moments, delta, section)
+    for number, delta in enumerate(deltas(12)):
+        params, moments = outer.step(params, moments, delta, section, number)
         for name, parameter in theirs.items():
             parameter.grad = torch.from_numpy(-delta[name])
         optimizer.step()
         for name, parameter in theirs.items():
             np.testing.assert_allclose(params[name], parameter.detach().numpy(), rtol=1e-5, atol=1e-6)
-    assert moments.keys() == params.keys()
+    return moments
+
+
+@pytest.mark.parametrize("kind", ["nesterov", "fedavgm"])
+@pytest.mark.parametrize(("rate", "momentum"), [(0.7, 0.9), (1.0, 0.5), (0.1, 0.0)])
+def test_momentum_follows_torch(kind: Literal["nesterov", "fedavgm"], rate: float, momentum: float) -> None:
+    section = OuterSection(kind=kind, learning_rate=rate, momentum=momentum)
+    nesterov = kind == "nesterov" and momentum > 0
+    moments = follow(section, lambda p: torch.optim.SGD(p, lr=rate, momentum=momentum, nesterov=nesterov))
+    assert moments.keys() == initial_params().keys()
+
+
+@pytest.mark.parametrize(("rate", "betas", "epsilon"), [(0.1, (0.9, 0.99), 1e-3), (0.01, (0.0, 0.999), 1e-8)])
+def test_fedadam_follows_torch(rate: float, betas: tuple[float, float], epsilon: float) -> None:
+    section = OuterSection(kind="fedadam", learning_rate=rate, momentum=betas[0], beta2=betas[1], epsilon=epsilon)
+    moments = follow(section, lambda p: torch.optim.Adam(p, lr=rate, betas=betas, eps=epsilon))
+    assert moments.keys() == {f"{moment}/{name}" for moment in ("first", "second") for name in initial_params()}
 
 
 def test_the_first_step_of_nesterov_moves_by_the_rate_times_one_plus_the_momentum() -> None:
     params, (delta,) = initial_params(), deltas(1)
     section = OuterSection(kind="nesterov", learning_rate=0.5, momentum=0.9)
-    moved, moments = outer.step(params, {}, delta, section)
+    moved, moments = outer.step(params, {}, delta, section, 0)
     for name, value in params.items():
         np.testing.assert_allclose(moved[name] - value, 0.5 * 1.9 * delta[name], rtol=1e-3, atol=1e-6)
         np.testing.assert_array_equal(moments[name], -delta[name])
@@ -62,19 +80,19 @@ def test_the_first_step_of_nesterov_moves_by_the_rate_times_one_plus_the_momentu
 
 def test_nesterov_without_momentum_is_fedavg() -> None:
     params, (delta,) = initial_params(), deltas(1)
-    plain, _ = outer.step(params, {}, delta, OuterSection(kind="fedavg", learning_rate=0.7))
-    without, _ = outer.step(params, {}, delta, OuterSection(kind="nesterov", learning_rate=0.7, momentum=0.0))
+    plain, _ = outer.step(params, {}, delta, OuterSection(kind="fedavg", learning_rate=0.7), 0)
+    without, _ = outer.step(params, {}, delta, OuterSection(kind="nesterov", learning_rate=0.7, momentum=0.0), 0)
     for name in params:
         np.testing.assert_array_equal(plain[name], without[name])
 
 
-@pytest.mark.parametrize("kind", ["fedavg", "nesterov"])
+@pytest.mark.parametrize("kind", ["fedavg", "fedavgm", "nesterov", "fedadam"])
 def test_a_step_touches_none_of_its_inputs_and_repeats_bit_for_bit(kind: str) -> None:
     section = OuterSection(kind=kind)
     params, (first, second) = initial_params(), deltas(2)
-    _, moments = outer.step(params, {}, first, section)
+    _, moments = outer.step(params, {}, first, section, 0)
     frozen = [{name: value.copy() for name, value in tensors.items()} for tensors in (params, moments, second)]
-    one, other = (outer.step(params, moments, second, section) for _ in range(2))
+    one, other = (outer.step(params, moments, second, section, 1) for _ in range(2))
     for left, right in zip(one, other, strict=True):
         assert all(left[name].tobytes() == right[name].tobytes() for name in left)
     for tensors, copy in zip((params, moments, second), frozen, strict=True):
@@ -84,8 +102,8 @@ def test_a_step_touches_none_of_its_inputs_and_repeats_bit_for_bit(kind: str) ->
 def test_each_operation_rounds_once() -> None:
     section = OuterSection(kind="nesterov", learning_rate=0.7, momentum=0.9)
     params, (first, second) = initial_params(), deltas(2)
-    before, moments = outer.step(params, {}, first, section)
-    after, _ = outer.step(before, moments, second, section)
+    before, moments = outer.step(params, {}, first, section, 0)
+    after, _ = outer.step(before, moments, second, section, 1)
     rate, momentum = np.float32(0.7), np.float32(0.9)
     for name, theta in before.items():
         buffer = (momentum * moments[name]).astype(np.float32) + -second[name]

@@ -118,7 +118,7 @@ def _records() -> Iterator[tuple[str, bytes]]:
 def _averaging() -> Iterator[tuple[str, bytes]]:
     delta = np.arange(-20, 20).astype(np.float32) / np.float32(7)
     delta[5], delta[30] = np.float32(1e-9), np.float32(1000)
-    for codec in (Codec("float32"), Codec("float16"), Codec("int8", 16)):
+    for codec in (Codec("float32"), Codec("float16"), Codec("int8", 16), Codec("int4", 16)):
         encoded = codec.encode(delta)
         yield f"{codec.name} encoding", encoded
         yield f"{codec.name} decoding", codec.decode(encoded, len(delta)).tobytes()
@@ -138,12 +138,12 @@ def _states() -> Iterator[tuple[str, bytes]]:
     yield "genesis", state.digest
     claims = [make_claim(make_identity(number), manifest, state) for number in (1, 2)]
     delta = {name: value * np.float32(0.125) for name, value in initial_params().items()}
-    for kind in ("fedavg", "nesterov"):
+    for kind in ("fedavg", "nesterov", "fedavgm", "fedadam"):
         section = OuterSection(kind=kind, learning_rate=0.7)
-        params, moments = outer.step(state.params, state.moments, delta, section)
+        params, moments = outer.step(state.params, state.moments, delta, section, 0)
         after = advance(state, manifest, claims, params, moments)
         yield f"state after a round of {kind}", after.digest
-        params, moments = outer.step(after.params, after.moments, delta, section)
+        params, moments = outer.step(after.params, after.moments, delta, section, 1)
         last = advance(after, manifest, [], params, moments)
         yield f"state after two rounds of {kind}", last.digest
     yield "ledger", after.blob[8 : 8 + int.from_bytes(after.blob[:8], "little")]

@@ -41,7 +41,7 @@ def test_a_record_survives_its_bytes() -> None:
     assert RoundRecord.unpack(PACKED).pack() == PACKED
 
 
-@pytest.mark.parametrize("codec", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("codec", ["float32", "float16", "int8", "int4"])
 def test_the_record_of_an_honest_round_checks_out(codec: str) -> None:
     manifest = make_manifest(averaging={"codec": codec})
     finished = finish_round(manifest, make_state(manifest))
