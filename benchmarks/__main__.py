@@ -40,6 +40,12 @@ def _convergence(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return [asdict(row) for row in measure(arguments.seeds)]
 
 
+def _robustness(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from benchmarks.robustness import measure
+
+    return [asdict(row) for row in measure(arguments.rounds, arguments.percents)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -65,6 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convergence = kinds.add_parser("convergence", help="the same work by three peers and by one (about 12 minutes)")
     convergence.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     convergence.set_defaults(run=_convergence, title="CER on held-out speakers")
+
+    robustness = kinds.add_parser("robustness", help="what hostile members do to a model under each rule")
+    robustness.add_argument("--rounds", type=int, default=20)
+    robustness.add_argument("--percents", type=int, nargs="+", default=[10, 20, 30, 40])
+    robustness.set_defaults(run=_robustness, title="accuracy of a classifier trained by 20 members, in percent")
 
     for kind in kinds.choices.values():
         kind.add_argument("--json", action="store_true", help="print JSON instead of a table")

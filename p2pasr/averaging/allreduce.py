@@ -23,7 +23,7 @@ from p2pasr.peers import streams
 from p2pasr.peers.host import Host
 from p2pasr.peers.streams import Stream
 from p2pasr.protocol.encoding import blob_digest, digest, pack, unpack
-from p2pasr.protocol.manifest import RunManifest, parse_manifest
+from p2pasr.protocol.manifest import RuleSection, RunManifest, parse_manifest
 from p2pasr.protocol.messages import (
     MAX_RECEIPT_BYTES,
     MAX_RECORD_BYTES,
@@ -55,12 +55,14 @@ class Members:
         claims: in the group's order.
         reducers: positions of those that reduce (all but peers in client mode).
         weights: weight of each claim.
+        rule: how their parts become one.
     """
 
     group: bytes
     claims: tuple[Signed[Claim], ...]
     reducers: tuple[int, ...]
     weights: tuple[float, ...]
+    rule: RuleSection = field(default_factory=RuleSection)
 
     def position(self, peer: str) -> int:
         """A member's position.
@@ -132,7 +134,7 @@ class PartReducer:
     def _reduce(self, index: int, parts: dict[int, bytes]) -> Reduced:
         codec, size = self.layout.codec, self.layout.part_size(index)
         decoded = {position: codec.decode(data, size) for position, data in parts.items()}
-        data = codec.encode(rules.weighted_mean(decoded, self.members.weights))
+        data = codec.encode(rules.aggregate(decoded, self.members.weights, self.members.rule))
         return Reduced(data, PartReceipt(index, tuple(sorted(parts)), blob_digest(data)))
 
     def _finish(self, index: int, done: asyncio.Future[Reduced]) -> None:
@@ -416,7 +418,7 @@ def _check_group(group: Group, view: RoundView, ours: Signed[Claim]) -> Members:
     if not reducers:
         raise TransportError("all peers of the group are in client mode, and a group needs one that others can reach")
     weights = rules.weights([claim.message for claim in claims], view.manifest)
-    return Members(group.id, claims, reducers, weights)
+    return Members(group.id, claims, reducers, weights, view.manifest.averaging.rule)
 
 
 def _are_digests(value: Any, count: int) -> bool:

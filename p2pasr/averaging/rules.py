@@ -1,14 +1,34 @@
-"""How several deltas become one. Element-wise numpy, one rounding an operation: equal bits everywhere."""
+"""How several deltas become one.
+
+Everything here is element-wise numpy, one rounding an operation, in an order that does not depend on
+who sent first: equal inputs give equal bits on every machine, so a reduction can be repeated and
+compared. A rule sees one part of the delta at a time and nothing that a sender says about itself.
+
+============  ======================================================  =================================
+rule          what it does to a part                                  tolerates, of n members
+============  ======================================================  =================================
+mean          weighted mean, parts longer than `clip_norm` times the  f bend it by at most
+              median norm scaled down to that                         clip_norm · f / n median norms
+trimmed-mean  coordinate-wise mean without the `trim` share of the    f ≤ trim · n
+              values at each end
+median        coordinate-wise middle value                            f < n / 2
+krum          the one that is closest to its nearest neighbours       f < (n − 2) / 2
+============  ======================================================  =================================
+
+`clip_norm` is applied before every rule.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import sqrt
 from statistics import median
 
 import numpy as np
+import numpy.typing as npt
 
 from p2pasr.averaging.codec import Vector
-from p2pasr.protocol.manifest import RunManifest
+from p2pasr.protocol.manifest import RuleSection, RunManifest
 from p2pasr.protocol.messages import Claim, message_digest
 from p2pasr.protocol.state import shard_seconds, trained_seconds
 
@@ -39,6 +59,35 @@ def weights(claims: Sequence[Claim], manifest: RunManifest) -> tuple[float, ...]
     return tuple(min(weight, cap) for weight in raw) if cap > 0 else tuple(raw)
 
 
+def aggregate(parts: Mapping[int, Vector], weights: Sequence[float], rule: RuleSection) -> Vector:
+    """One part of the aggregate, by the manifest's rule.
+
+    Args:
+        parts: position in the group → decoded part, all of one length; at least one.
+        weights: weight of every position, see :func:`weights`; only `mean` uses them, for elsewhere a
+            large weight is what a hostile member would want.
+    """
+    clipped = clip(parts, rule.clip_norm)
+    if rule.kind == "mean":
+        return weighted_mean(clipped, weights)
+    stack = [clipped[position] for position in sorted(clipped)]
+    if rule.kind == "krum":
+        return krum(stack, rule.hostile)
+    return trimmed_mean(stack, rule.trim if rule.kind == "trimmed-mean" else 0.5)
+
+
+def clip(parts: Mapping[int, Vector], multiple: float | None) -> dict[int, Vector]:
+    """Scale down parts that are longer than a multiple of the median length."""
+    if multiple is None or len(parts) == 1:
+        return dict(parts)
+    lengths = {position: norm(part) for position, part in parts.items()}
+    limit = multiple * median(lengths.values())
+    return {
+        position: np.multiply(part, np.float32(limit / lengths[position])) if lengths[position] > limit else part
+        for position, part in parts.items()
+    }
+
+
 def weighted_mean(parts: Mapping[int, Vector], weights: Sequence[float]) -> Vector:
     """The mean of one part over its senders.
 
@@ -56,3 +105,37 @@ def weighted_mean(parts: Mapping[int, Vector], weights: Sequence[float]) -> Vect
         share = weights[position] / total if total > 0 else 1 / len(order)
         mean = mean + np.multiply(parts[position], np.float32(share))
     return mean
+
+
+def trimmed_mean(parts: Sequence[Vector], trim: float) -> Vector:
+    """Coordinate-wise mean without the ⌊trim · n⌋ smallest and largest values (Yin et al. 2018).
+
+    With `trim` = 0.5 it is the coordinate-wise median.
+    """
+    count = len(parts)
+    cut = min(int(trim * count), (count - 1) // 2)
+    kept = np.sort(np.stack(parts), axis=0)[cut : count - cut]
+    return weighted_mean(dict(enumerate(kept)), (1.0,) * len(kept))
+
+
+def krum(parts: Sequence[Vector], hostile: float) -> Vector:
+    """The part with the smallest sum of squared distances to its nearest others (Blanchard et al. 2017).
+
+    Args:
+        hostile: share f / n of members that may be hostile; n − f − 2 neighbours count.
+    """
+    count = len(parts)
+    near = max(1, count - int(hostile * count) - 2)
+    squares = [[norm(one - other) ** 2 for other in parts] for one in parts]
+    scores = [sum(sorted(row[:i] + row[i + 1 :])[:near]) for i, row in enumerate(squares)]
+    return parts[scores.index(min(scores))]
+
+
+def norm(vector: Vector) -> float:
+    """L2 norm, the same bits everywhere: squares in float64, summed by halving."""
+    values: npt.NDArray[np.float64] = np.square(vector, dtype=np.float64)
+    while (count := len(values)) > 1:
+        half = (count + 1) // 2
+        values[: count - half] += values[half:]
+        values = values[:half]
+    return sqrt(float(values[0])) if len(values) else 0.0

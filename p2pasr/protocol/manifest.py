@@ -93,8 +93,22 @@ class OuterSection(_Section):
     """Of `fedadam`, as β₂."""
 
 
+class RuleSection(_Section):
+    """How several deltas become one; `p2pasr.averaging.rules` says what each tolerates."""
+
+    kind: Literal["mean", "trimmed-mean", "median", "krum"] = "mean"
+    clip_norm: Annotated[float, Field(ge=1)] | None = 2.0
+    """No part counts with a norm above this multiple of the median of the group's; null for no limit."""
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
+    """Share of values that `trimmed-mean` leaves out at each end."""
+    hostile: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
+    """Share of members that `krum` allows for."""
+
+
 class AveragingSection(_Section):
     """How deltas are encoded and merged."""
+
+    rule: RuleSection = RuleSection()
 
     codec: Literal["float32", "float16", "int8", "int4"] = "float16"
     block: Annotated[int, Field(ge=16, le=65_536)] = 256

@@ -217,7 +217,7 @@ def finish_round(manifest: RunManifest, before: State, after: bytes | None = Non
     for index in range(layout.parts):
         size = layout.part_size(index)
         parts = {position: layout.codec.decode(encoded[position][index], size) for position in range(3)}
-        results[index] = layout.codec.encode(rules.weighted_mean(parts, weights))
+        results[index] = layout.codec.encode(rules.aggregate(parts, weights, manifest.averaging.rule))
     shares = ({0: results[0]}, {index: results[index] for index in range(1, layout.parts)})
     receipts = tuple(
         seal(who, make_receipt(who, before, members, share)) for who, share in zip(identities[:2], shares, strict=True)

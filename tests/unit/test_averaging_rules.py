@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pasr.averaging.rules import weighted_mean, weights
-from p2pasr.protocol.manifest import RunManifest
+from p2pasr.averaging.codec import Vector
+from p2pasr.averaging.rules import aggregate, clip, krum, norm, trimmed_mean, weighted_mean, weights
+from p2pasr.protocol.manifest import RuleSection, RunManifest
 from p2pasr.protocol.messages import Claim, message_digest
 from p2pasr.protocol.state import shard_seconds
 
@@ -142,3 +143,109 @@ def test_the_parts_are_not_touched() -> None:
     weighted_mean(parts, (1.0, 2.0))
     for position, part in parts.items():
         np.testing.assert_array_equal(part, copies[position])
+
+
+KINDS = ("mean", "trimmed-mean", "median", "krum")
+honest_parts = st.integers(3, 9).map(lambda count: [random_delta(number, 40) for number in range(count)])
+
+
+def hostile(count: int, size: float) -> list[Vector]:
+    return [np.full(40, size, np.float32)] * count
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(parts=honest_parts, random=st.randoms(use_true_random=False))
+def test_who_came_first_does_not_matter(kind: Any, parts: list[Vector], random: Any) -> None:
+    rule = RuleSection(kind=kind)
+    order = list(range(len(parts)))
+    random.shuffle(order)
+    weighing = [60.0 + n for n in order]
+    arrived = {position: parts[position] for position in order}
+    expected = aggregate(dict(enumerate(parts)), weighing, rule)
+    assert aggregate(arrived, weighing, rule).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_parts_and_a_single_one_stay_as_they_are(kind: Any) -> None:
+    part = random_delta(1, 40)
+    rule = RuleSection(kind=kind)
+    assert aggregate({3: part}, (1.0,) * 4, rule).tobytes() == part.tobytes()
+    np.testing.assert_allclose(aggregate(dict.fromkeys(range(5), part), (1.0,) * 5, rule), part, rtol=1e-6)
+
+
+@given(honest_parts, st.floats(1, 8))
+def test_no_part_is_longer_than_the_multiple_of_the_median_and_shorter_ones_are_untouched(
+    parts: list[Vector], multiple: float
+) -> None:
+    parts = [part * np.float32(4**number) for number, part in enumerate(parts)]
+    limit = multiple * median(map(norm, parts))
+    for position, clipped in clip(dict(enumerate(parts)), multiple).items():
+        if norm(parts[position]) <= limit:
+            assert clipped.tobytes() == parts[position].tobytes()
+        else:
+            assert norm(clipped) == pytest.approx(limit, rel=1e-5)
+            np.testing.assert_allclose(clipped / norm(clipped), parts[position] / norm(parts[position]), atol=1e-5)
+
+
+@given(honest_parts, st.floats(0, 0.49))
+def test_trimming_leaves_the_same_share_out_at_both_ends(parts: list[Vector], trim: float) -> None:
+    cut = int(trim * len(parts))
+    expected = np.sort(np.stack(parts).astype(np.float64), axis=0)[cut : len(parts) - cut].mean(axis=0)
+    np.testing.assert_allclose(trimmed_mean(parts, trim), expected, rtol=1e-4, atol=1e-6)
+
+
+@given(honest_parts)
+def test_the_median_is_numpys(parts: list[Vector]) -> None:
+    expected = np.median(np.stack(parts).astype(np.float64), axis=0)
+    np.testing.assert_allclose(trimmed_mean(parts, 0.5), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [3e38, -3e38, 50.0, -0.5])
+@given(parts=honest_parts, data=st.data())
+def test_a_minority_keeps_the_median_among_the_honest_values(
+    size: float, parts: list[Vector], data: st.DataObject
+) -> None:
+    bad = hostile(data.draw(st.integers(0, len(parts) - 1)), size)
+    result = trimmed_mean([*parts, *bad], 0.5)
+    slack = 1e-5
+    assert (result >= np.min(parts, axis=0) - slack).all()
+    assert (result <= np.max(parts, axis=0) + slack).all()
+
+
+@pytest.mark.parametrize("size", [3e38, -3e38, 50.0])
+@given(parts=honest_parts)
+def test_as_many_as_are_trimmed_do_no_more(size: float, parts: list[Vector]) -> None:
+    bad = hostile(len(parts) // 4, size)
+    everybody = [*parts, *bad]
+    result = trimmed_mean(everybody, 0.21)
+    if int(0.21 * len(everybody)) >= len(bad):
+        assert (result >= np.min(parts, axis=0) - 1e-5).all()
+        assert (result <= np.max(parts, axis=0) + 1e-5).all()
+
+
+@pytest.mark.parametrize("size", [1e30, -5.0])
+def test_krum_chooses_an_honest_part(size: float) -> None:
+    base = random_delta(0, 40)
+    parts = [base + np.float32(0.01) * random_delta(number, 40) for number in range(1, 8)]
+    for count in (1, 2):
+        chosen = krum([*hostile(count, size), *parts], 0.25)
+        assert any(chosen is part for part in parts)
+
+
+def test_one_member_bends_the_clipped_mean_by_no_more_than_its_limit() -> None:
+    parts = dict(enumerate([random_delta(number, 40) for number in range(9)]))
+    honest = weighted_mean(parts, (1.0,) * 9)
+    parts[9] = np.full(40, 1e6, np.float32)
+    bent = aggregate(parts, (1.0,) * 10, RuleSection())
+    limit = 2 * median(map(norm, parts.values()))
+    assert norm(bent - np.float32(0.9) * honest) <= 1.001 * limit / 10
+    unbounded = aggregate(parts, (1.0,) * 10, RuleSection(clip_norm=None))
+    assert norm(unbounded) > 1e5
+
+
+@given(st.lists(st.floats(-(2.0**60), 2.0**60, width=32), max_size=300))
+def test_the_norm_is_numpys(values: list[float]) -> None:
+    vector = np.array(values, dtype=np.float32)
+    before = vector.copy()
+    assert norm(vector) == pytest.approx(float(np.linalg.norm(vector.astype(np.float64))), rel=1e-12)
+    assert vector.tobytes() == before.tobytes()

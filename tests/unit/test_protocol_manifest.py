@@ -293,7 +293,7 @@ def test_the_run_is_named_by_its_canonical_bytes() -> None:
 def test_every_value_of_a_manifest_enters_its_name() -> None:
     manifest = make_manifest(rounds={"shards_per_peer": 3}, averaging={"part_values": 512})
     content = manifest.model_dump()
-    others = {"nesterov": "fedavg", "fedavg": "nesterov", "float32": "int8", "average": "first"}
+    others = {"nesterov": "fedavg", "fedavg": "nesterov", "float32": "int8", "average": "first", "mean": "median"}
     names = {manifest.run_id}
     varied = 0
     for path in leaves(content):
@@ -304,7 +304,7 @@ def test_every_value_of_a_manifest_enters_its_name() -> None:
             other: Any = digest_of(f"{path}").hex()
         elif isinstance(value, str):
             other = others.get(value, value + "x")
-        elif path[-1] in ("momentum", "beta2", "epsilon"):
+        elif path[-1] in ("momentum", "beta2", "epsilon", "trim", "hostile"):
             other = value / 2
         elif path[-1] == "max_group":
             other = value - 1
