@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from p2pasr.protocol.state import State, genesis, params_digest, parse_state
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.speech.prepare import read_index
 from p2pasr.speech.shards import check_digest
+from p2pasr.verify.lineage import Checked, follow
+from p2pasr.verify.record import RoundRecord
 
 
 def default_home() -> Path:
@@ -80,10 +83,12 @@ class SavedRun:
     """What a state folder holds of a run.
 
     Attributes:
+        folder: where the peer keeps them.
         held: round → digest of the state before it, as far as the folder still has the state.
     """
 
     manifest: RunManifest
+    folder: Path
     store: BlobStore
     held: dict[int, bytes]
 
@@ -100,6 +105,32 @@ class SavedRun:
             rounds = f"{min(self.held)} to {max(self.held)}"
             raise LocalError(f"the state before round {chosen} is not kept here; rounds {rounds} are")
         return parse_state(self.store.get(self.held[chosen]), self.manifest, like)
+
+    def lineage(self, start: State) -> Iterator[Checked]:
+        """The rounds that this peer took part in, each checked against the one before.
+
+        Rounds that it missed leave gaps; behind one, the check goes on from the state that is kept.
+
+        Args:
+            start: the state before round 0.
+
+        Raises:
+            LocalError: there are no records here, or one cannot be read.
+        """
+        try:
+            records = [RoundRecord.unpack(data) for data in Journal.read_records(self.folder)]
+        except Reject as error:
+            raise LocalError(f"{self.folder / 'lineage'} is damaged ({error})") from error
+        if not records:
+            raise LocalError(f"{self.folder / 'lineage'} holds no record of a round yet")
+        for _, chain in itertools.groupby(enumerate(records), key=lambda item: item[1].round - item[0]):
+            linked = [record for _, record in chain]
+            first = linked[0].round
+            before = start if first == 0 else self.state(first, start.params)
+            yield from follow(self.manifest, before, linked, self._average)
+
+    def _average(self, digest: bytes) -> bytes | None:
+        return None if self.store.find(digest) is None else self.store.get(digest)
 
 
 def open_run(run: str, state_dir: Path | None = None) -> SavedRun:
@@ -122,7 +153,7 @@ def open_run(run: str, state_dir: Path | None = None) -> SavedRun:
     store = BlobStore(folder / "blobs")
     held = Journal.read_held(folder)
     found = {number: digest for number, digest in held.items() if store.find(digest) is not None}
-    return SavedRun(manifest or _stored_manifest(store, run_id), store, found)
+    return SavedRun(manifest or _stored_manifest(store, run_id), folder, store, found)
 
 
 def _stored_manifest(store: BlobStore, run_id: bytes) -> RunManifest:

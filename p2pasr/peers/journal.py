@@ -126,6 +126,11 @@ class Journal:
         """Add a round record to the lineage."""
         self._replace(self.folder / "lineage" / f"{round_number:08d}.msgpack", record)
 
+    @staticmethod
+    def read_records(folder: Path) -> list[bytes]:
+        """The packed round records of a folder that a running peer may have locked, in the order of the rounds."""
+        return [path.read_bytes() for path in sorted((folder / "lineage").glob("*.msgpack"))]
+
     def _write(self, name: str, content: dict[str, Any]) -> None:
         self._replace(self.folder / name, json.dumps(content, indent=1).encode())
 

@@ -168,7 +168,7 @@ def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params
         params, moments: what the outer optimizer made of the average.
     """
     merged = sorted(claims, key=lambda claim: claim.peer)
-    covered, epoch = _cover(state, manifest, merged)
+    covered, ended = cover(state.covered, merged, manifest)
     credit = dict(state.credit)
     seconds = shard_seconds(manifest)
     for claim in merged:
@@ -179,7 +179,7 @@ def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params
         parent=state.digest,
         params=params,
         moments=moments,
-        epoch=epoch,
+        epoch=state.epoch + ended,
         covered=covered,
         credit=credit,
     )
@@ -200,15 +200,19 @@ def trained_seconds(claim: Claim, manifest: RunManifest, seconds: Mapping[str, f
     return audio * claim.segments / manifest.rounds.segments
 
 
-def _cover(state: State, manifest: RunManifest, merged: Iterable[Claim]) -> tuple[dict[str, int], int]:
-    covered = dict(state.covered)
+def cover(covered: Mapping[str, int], merged: Iterable[Claim], manifest: RunManifest) -> tuple[dict[str, int], bool]:
+    """Count merged claims for their shards.
+
+    Returns:
+        Hex digest of a shard → claims that named it in this epoch, and whether the epoch ended with them.
+    """
+    counted = dict(covered)
     for claim in merged:
         for shard in claim.shards:
-            covered[shard.hex()] = covered.get(shard.hex(), 0) + 1
-    wanted = manifest.data.redundancy
-    if all(covered.get(shard.digest, 0) >= wanted for shard in manifest.shards):
-        return {}, state.epoch + 1
-    return dict(sorted(covered.items())), state.epoch
+            counted[shard.hex()] = counted.get(shard.hex(), 0) + 1
+    if all(counted.get(shard.digest, 0) >= manifest.data.redundancy for shard in manifest.shards):
+        return {}, True
+    return dict(sorted(counted.items())), False
 
 
 def describe(state: State) -> dict[str, Any]:

@@ -113,18 +113,27 @@ class _Packed(BaseModel):
     attestations: tuple[bytes, ...]
 
 
+def _check_average(record: RoundRecord, average: bytes, layout: Layout) -> None:
+    stated = {part.index: part.result for receipt in record.receipts for part in receipt.message.parts}
+    for index, actual in enumerate(part_digests(layout.cut(average))):
+        if stated[index] != actual:
+            raise Reject(f"part {index} of the average is not the one that its receipt states")
+    if blob_digest(average) != record.average:
+        raise Reject("the record names another average")
+
+
 def in_every_part(receipts: tuple[Signed[Receipt], ...]) -> tuple[int, ...]:
     """Positions of the group's members that every part's receipt includes."""
     sets = [set(part.senders) for receipt in receipts for part in receipt.message.parts]
     return tuple(sorted(set.intersection(*sets))) if sets else ()
 
 
-def check_record(record: RoundRecord, view: RoundView, average: bytes) -> None:
+def check_record(record: RoundRecord, view: RoundView, average: bytes | None) -> None:
     """Do a round's claims, receipts, average and attestations belong together, and to this round?
 
     Args:
         view: the round, as this peer saw it before averaging.
-        average: the encoded average, bytes.
+        average: the encoded average; None where it is kept no longer and cannot be compared.
 
     Raises:
         RemoteError: a claim does not stand, parts are unaccounted for, or the average or the states are others.
@@ -135,12 +144,8 @@ def check_record(record: RoundRecord, view: RoundView, average: bytes) -> None:
     for member in record.members:
         check_claim(member.message, view)
     check_receipts(record.receipts, record.group, record.members, layout.parts)
-    stated = {part.index: part.result for receipt in record.receipts for part in receipt.message.parts}
-    for index, actual in enumerate(part_digests(layout.cut(average))):
-        if stated[index] != actual:
-            raise Reject(f"part {index} of the average is not the one that its receipt states")
-    if blob_digest(average) != record.average:
-        raise Reject("the record names another average")
+    if average is not None:
+        _check_average(record, average, layout)
     if not record.attestations:
         raise Reject(f"nobody attests state {record.after.hex()[:8]}, which the record says came of the round")
     for attestation in (signed.message for signed in record.attestations):
