@@ -6,6 +6,7 @@ segments and shards a round as the three together.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -41,7 +42,10 @@ def measure(seeds: list[int]) -> list[Row]:
             folder = Path(name)
             prepare_speech(folder, seed)
             together = demo_config(PEERS, seed=seed)
-            rows += [_train(folder, PEERS, together), _train(folder, 1, _alone(together))]
+            for peers, config in ((PEERS, together), (1, _alone(together))):
+                row = _train(folder, peers, config)
+                rows.append(row)
+                print(f"seed {seed}, {peers} peers: CER {row.cer_after_percent:.2f} %", file=sys.stderr, flush=True)
     return rows
 
 
