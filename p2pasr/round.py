@@ -103,7 +103,7 @@ class Member:
     like: Tensors
     state: State
     client_mode: bool = False
-    lineage: tuple[bytes, ...] = ()
+    lineage: tuple[bytes, ...] = field(default=(), init=False)
     attested: Signed[Attestation] | None = None
     unsettled: Result | None = None
     fresh: bool = True
