@@ -25,11 +25,11 @@ from p2pasr.peers.journal import Journal
 from p2pasr.peers.link import Link
 from p2pasr.peers.records import Records
 from p2pasr.peers.sync import fetch_manifest
-from p2pasr.protocol.manifest import RunManifest, read_manifest
+from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.state import State, parse_state
 from p2pasr.report import Report
 from p2pasr.round import Member, hold, provide, run_round
-from p2pasr.runs import build_task, default_home, initial_state, parse_run_id, run_folder
+from p2pasr.runs import build_task, default_home, initial_state, read_run, run_folder
 from p2pasr.speech.prepare import read_index
 from p2pasr.speech.pretrained import quiet_libraries
 from p2pasr.tasks import Task
@@ -275,15 +275,12 @@ class Peer:
     def _read_run(self) -> tuple[RunManifest | None, bytes]:
         if isinstance(self._run, RunManifest):
             return self._run, self._run.run_id
-        if Path(self._run).is_file():
-            manifest = read_manifest(Path(self._run))
-            return manifest, manifest.run_id
-        run = parse_run_id(str(self._run))
-        if not self.options.initial_peers:
+        manifest, run = read_run(str(self._run))
+        if manifest is None and not self.options.initial_peers:
             raise LocalError(
                 "the first peer of a run needs its manifest file; with a run id alone, name peers with --initial-peers"
             )
-        return None, run
+        return manifest, run
 
     def _lend(self, store: BlobStore, manifest: RunManifest | None) -> tuple[tuple[str, bytes], ...]:
         folder = self.options.seed_data

@@ -7,7 +7,7 @@ committed leaves the state untouched, and says why.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -136,6 +136,11 @@ class Member:
         if state.parent == self.state.digest:
             return (self.state.digest, *self.lineage)[:MAX_ANCESTORS]
         return (state.parent,) if state.round > 0 else ()
+
+    def in_our_round(self, roster: Mapping[str, Roster]) -> dict[str, Roster]:
+        """Those of a roster who work on the same round from the same state."""
+        ours = (self.state.round, self.state.digest)
+        return {peer: entry for peer, entry in roster.items() if (entry.round, entry.state) == ours}
 
     def say(self, stage: Stage, segments: int = 0) -> None:
         """Tell the others what this peer does now."""
@@ -288,7 +293,7 @@ def electorate(member: Member, votes: Sequence[Attestation]) -> set[str]:
     number, state = member.state.round, member.state.digest
     if not any(vote.at(number) == state and vote.at(number + 1) for vote in votes):
         return set()  # nobody says that the round is over
-    working = {p for p, r in member.records.roster().items() if (r.round, r.state) == (number, state)}
+    working = set(member.in_our_round(member.records.roster()))
     if member.unsettled is not None or time.time() < member.closes_at + member.manifest.rounds.grace_seconds:
         working.add(member.peer)
     return working | set(member.records.claims(member.view))
@@ -327,7 +332,7 @@ def ready_to_train(member: Member) -> bool:
     waiting = False
     while True:
         roster = member.records.roster()
-        here = {p: r for p, r in roster.items() if (r.round, r.state) == (member.state.round, member.state.digest)}
+        here = member.in_our_round(roster)
         training = [r for r in here.values() if r.stage != "waiting"]
         begun = [r for r in training if r.segments > 0 or r.stage == "claimed"]
         pending = member.journal.pending()
@@ -342,7 +347,7 @@ def ready_to_train(member: Member) -> bool:
         if not waiting:
             member.say("waiting")
             waiting = True
-        elsewhere = [r for r in roster.values() if (r.round, r.state) != (member.state.round, member.state.digest)]
+        elsewhere = [r for p, r in roster.items() if p not in here]
         if late:
             reason = f"round {member.state.round} is under way with {len(training)} peers: this one joins the next"
         elif left_behind:
@@ -557,7 +562,7 @@ def wait_for_claims(member: Member) -> set[str] | None:
     alone_before = False
     while True:
         roster = member.records.roster()
-        here = {p: r for p, r in roster.items() if (r.round, r.state) == (member.state.round, member.state.digest)}
+        here = member.in_our_round(roster)
         claims = set(member.records.claims(member.view))
         ready = (claims & set(here)) | {member.peer}
         training = {p: r for p, r in here.items() if r.stage != "waiting" and p not in claims}

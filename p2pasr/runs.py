@@ -144,9 +144,7 @@ def open_run(run: str, state_dir: Path | None = None) -> SavedRun:
         LocalError: the run is not known here.
     """
     home = state_dir or default_home()
-    is_file = os.path.isfile(run)  # noqa: PTH113 (Path.is_file raises where a name is too long for a file's)
-    manifest = read_manifest(Path(run)) if is_file else None
-    run_id = parse_run_id(run) if manifest is None else manifest.run_id
+    manifest, run_id = read_run(run)
     folder = run_folder(home, run_id)
     if not folder.is_dir():
         raise LocalError(f"{home} knows nothing of run {run_id.hex()[:16]}; name a peer's folder with --state-dir")
@@ -161,6 +159,18 @@ def _stored_manifest(store: BlobStore, run_id: bytes) -> RunManifest:
         return parse_manifest(store.get(run_id))
     except Reject as error:
         raise LocalError(f"run id {run_id.hex()[:16]} names something that is no manifest ({error})") from error
+
+
+def read_run(run: str) -> tuple[RunManifest | None, bytes]:
+    """What a person means by a run: its manifest if they name the file, and its id.
+
+    Raises:
+        LocalError: it is neither a manifest file nor a run id.
+    """
+    if os.path.isfile(run):  # noqa: PTH113 (Path.is_file raises where a name is too long for a file's)
+        manifest = read_manifest(Path(run))
+        return manifest, manifest.run_id
+    return None, parse_run_id(run)
 
 
 def parse_run_id(text: str) -> bytes:

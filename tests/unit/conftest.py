@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import soundfile
 import torch
 
 from p2pasr import tasks
+from p2pasr.peers.blobs import BlobStore
+from p2pasr.peers.journal import Journal
 from p2pasr.protocol.manifest import RunConfig, RunManifest
 from p2pasr.runs import new_run, shard_paths
 from p2pasr.speech.audio import SAMPLE_RATE, Audio
@@ -31,6 +33,20 @@ MODEL = "p2pasr/demo-base"
 
 LORA: dict[str, Any] = {"model": MODEL, "rank": 4, "warmup_steps": 0}
 """The smallest task configuration that learns."""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    """An empty store."""
+    return BlobStore(tmp_path / "blobs")
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    """A run's empty folder, open."""
+    opened = Journal(tmp_path / "run")
+    yield opened
+    opened.close()
 
 
 def tone(seconds: float, rate: int = SAMPLE_RATE, hertz: float = 440.0, peak: float = 0.3) -> Audio:

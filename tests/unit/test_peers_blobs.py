@@ -15,11 +15,6 @@ from p2pasr.peers.blobs import EVICTABLE, KINDS, BlobStore, Kind, disk_errors, f
 from p2pasr.protocol.encoding import blob_digest
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> BlobStore:
-    return BlobStore(tmp_path / "blobs")
-
-
 def files(store: BlobStore) -> list[str]:
     return sorted(path.name for path in store.root.rglob("*") if path.is_file())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,6 @@ from .builders import digest_of, make_identity
 PENDING = Pending(3, digest_of("state"), b"a claim", digest_of("delta"), (digest_of("one"), digest_of("two")))
 
 MADDRS = tuple(f"/ip4/203.0.113.{number}/tcp/31337/p2p/{make_identity(number).peer}" for number in (5, 6))
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    opened = Journal(tmp_path / "run")
-    yield opened
-    opened.close()
 
 
 def reopened(journal: Journal) -> Journal:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,18 +62,6 @@ class Link:
             raise TransportError("nobody on the network offers it")
         self.store.put(args["kind"], self.shelf[args["digest"]])
         return {}
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> BlobStore:
-    return BlobStore(tmp_path / "blobs")
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    opened = Journal(tmp_path / "run")
-    yield opened
-    opened.close()
 
 
 def attested(**by: State) -> dict[str, Attestation]:

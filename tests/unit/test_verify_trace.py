@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from p2pasr.averaging.merkle import Tree
@@ -16,18 +13,6 @@ from p2pasr.verify.trace import Trace, retain_traces
 from .builders import digest_of, make_identity
 
 RUN, PEER = digest_of("run"), make_identity(1).peer
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> BlobStore:
-    return BlobStore(tmp_path / "blobs")
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    opened = Journal(tmp_path / "run")
-    yield opened
-    opened.close()
 
 
 def test_the_root_commits_to_the_checkpoints_in_order(store: BlobStore) -> None:
