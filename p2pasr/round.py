@@ -293,7 +293,7 @@ def electorate(member: Member, votes: Sequence[Attestation]) -> set[str]:
     number, state = member.state.round, member.state.digest
     if not any(vote.at(number) == state and vote.at(number + 1) for vote in votes):
         return set()  # nobody says that the round is over
-    working = set(member.in_our_round(member.records.roster()))
+    working = {p for p, r in member.in_our_round(member.records.roster()).items() if r.stage != "waiting"}
     if member.unsettled is not None or time.time() < member.closes_at + member.manifest.rounds.grace_seconds:
         working.add(member.peer)
     return working | set(member.records.claims(member.view))
