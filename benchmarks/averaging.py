@@ -149,6 +149,7 @@ class _Ours:
             "claim": seal(identity, claim).pack(),
             "delta": self.stores[index].put("delta", b"".join(parts)),
             "expected": [identity.peer for identity in self.identities],
+            "shunned": (),
             "min_size": len(self.links),
             "window": WINDOW_SECONDS,
             "timeout": 60.0,

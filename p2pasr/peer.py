@@ -306,6 +306,8 @@ class Peer:
             self.report.warn(reason)
         elif kind == "fetch":
             self.report.progress(f"fetching a {event['kind']}", event["done"], event["size"])
+        elif kind == "averaging":
+            self.report.progress("averaging", event["done"], event["size"])
         elif kind == "group":
             self.report.emit("group", f"averaging in a group of {len(event['peers'])}", peers=event["peers"])
 

@@ -25,6 +25,7 @@ from p2pasr.peers.identity import Identity
 from p2pasr.peers.journal import Journal, Pending
 from p2pasr.peers.link import Link
 from p2pasr.peers.records import Records
+from p2pasr.peers.streams import patience
 from p2pasr.protocol.agreement import Agreement, quorum
 from p2pasr.protocol.assignment import assign, segment_seed
 from p2pasr.protocol.manifest import RunManifest
@@ -46,6 +47,7 @@ from p2pasr.protocol.state import State, advance
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.report import Report
 from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, Task
+from p2pasr.verify.conflict import Conflict, contradict
 from p2pasr.verify.record import RoundRecord, check_record, in_every_part
 from p2pasr.verify.trace import Trace, retain_traces
 
@@ -65,10 +67,13 @@ GROUP_WINDOW_SECONDS: Final = 8.0
 """How long a leader waits for peers that were expected but do not come."""
 
 GROUP_SECONDS: Final = 30.0
-AVERAGE_SECONDS: Final = 300.0
-"""How long finding a group and averaging may take together; large deltas on slow links need it."""
+"""How long finding a group may take."""
+
+EXCHANGE_PATIENCE: Final = 4
+"""An exchange has so many times as long as its bytes take on the slowest link that is put up with."""
 
 QUORUM_SECONDS: Final = 20.0
+RECEIPTS_SECONDS: Final = 30.0
 ATTEMPTS: Final = 3
 """How often averaging is tried before the round starts over."""
 
@@ -88,6 +93,7 @@ class Member:
         unsettled: what this peer made of the round and attests, while not enough others do.
         fresh: whether it fetched or loaded its state instead of taking part in the round before.
         closes_at: when this peer's training of the round ends at the latest, seconds since 1970.
+        shunned: peers that are proved to have cheated in this round.
         whole: shards whose bytes this process has compared with their digests.
         traffic: bytes sent and received, and connections open, when last counted.
     """
@@ -108,6 +114,7 @@ class Member:
     unsettled: Result | None = None
     fresh: bool = True
     closes_at: float = 0.0
+    shunned: set[str] = field(default_factory=set)
     whole: set[bytes] = field(default_factory=set)
     traffic: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("bytes_sent", "bytes_received", "connections"), 0)
@@ -307,6 +314,7 @@ def hold(member: Member, state: State) -> None:
     member.state = state
     member.unsettled = None
     member.closes_at = 0.0
+    member.shunned.clear()
     kept = sorted(member.journal.held().items())[-member.manifest.retention.state_rounds :]
     member.store.retain("state", {digest for _, digest in kept})
 
@@ -563,9 +571,9 @@ def wait_for_claims(member: Member) -> set[str] | None:
     while True:
         roster = member.records.roster()
         here = member.in_our_round(roster)
-        claims = set(member.records.claims(member.view))
+        claims = set(member.records.claims(member.view)) - member.shunned
         ready = (claims & set(here)) | {member.peer}
-        training = {p: r for p, r in here.items() if r.stage != "waiting" and p not in claims}
+        training = {p: r for p, r in here.items() if r.stage != "waiting" and p not in claims | member.shunned}
         theirs = min(max((r.closes_at for r in training.values()), default=0.0), began + rounds.max_seconds)
         closes = max(began, member.closes_at, theirs) + rounds.grace_seconds
         closed = time.time() > closes
@@ -591,15 +599,17 @@ def average(member: Member, work: Work, expected: set[str]) -> Merged:
     count = min(len(expected), member.manifest.averaging.max_group)
     with_whom = f"with {count - 1} others" if count > 1 else "alone"
     member.step("average", f"round {member.state.round}: averaging {with_whom}")
+    delta_bytes = Layout.of(member.manifest.parameters, member.manifest.averaging).total_bytes
     answer = member.link.call(
         "average",
-        GROUP_SECONDS + AVERAGE_SECONDS,
+        GROUP_SECONDS + EXCHANGE_PATIENCE * patience(2 * delta_bytes),
         round=member.state.round,
         state=member.state.digest,
         covered=dict(member.state.covered),
         claim=work.claim.pack(),
         delta=work.delta,
         expected=sorted(expected),
+        shunned=sorted(member.shunned),
         min_size=member.manifest.rounds.min_peers,
         window=GROUP_WINDOW_SECONDS,
         timeout=GROUP_SECONDS,
@@ -652,11 +662,15 @@ def attest(member: Member, result: Result) -> tuple[Signed[Attestation], ...]:
     publish_attestation(member, after)
     member.unsettled = result
     deadline = time.monotonic() + QUORUM_SECONDS
+    compared = False
     while True:
         seen = attestations(member)
         enough, reason = agreeing(result, seen)
         if enough:
             return attesters(result, seen)
+        if not compared and differ(result, seen):
+            compared = True
+            compare_receipts(member, result)
         if time.monotonic() > deadline:
             raise TransportError(f"no quorum within {QUORUM_SECONDS:.0f} s: {reason}")
         member.report.wait(f"round {member.state.round}: {reason}; waiting for more")
@@ -667,6 +681,35 @@ def agreeing(result: Result, seen: dict[str, Signed[Attestation]]) -> tuple[bool
     """Whether more than half of a round's peers attest this result, and the sentence that says so."""
     votes = [signed.message for signed in seen.values()]
     return quorum(result.after.round, result.after.digest, votes, result.electorate)
+
+
+def differ(result: Result, seen: dict[str, Signed[Attestation]]) -> bool:
+    """Whether somebody made something else of the round."""
+    before, after = result.after.parent, result.after
+    votes = [signed.message for peer, signed in seen.items() if peer in result.electorate]
+    return any(vote.at(after.round) not in (None, after.digest) for vote in votes if vote.at(after.round - 1) == before)
+
+
+def compare_receipts(member: Member, result: Result) -> None:
+    """See whether a reducer told others something else than us, and keep the proof.
+
+    Raises:
+        Reject: one did; the round is averaged again without it.
+    """
+    packed = member.link.call("receipts", RECEIPTS_SECONDS, group=result.merged.group)["receipts"]
+    theirs = [unseal(data, Receipt, MAX_RECEIPT_BYTES) for data in packed]
+    found = {
+        ours.message.peer: Conflict(ours, other)
+        for ours in result.merged.receipts
+        for other in theirs
+        if contradict(ours, other)
+    }
+    for peer, conflict in found.items():
+        path = member.journal.prove(f"{member.state.round:08d}-{peer}", conflict.pack())
+        member.report.emit("evidence", f"{conflict}; the proof is {path}", peer=peer, path=str(path))
+    if found:
+        member.shunned.update(found)
+        raise Reject(f"{', '.join(map(short, sorted(found)))} gave members different results")
 
 
 def attesters(result: Result, seen: dict[str, Signed[Attestation]]) -> tuple[Signed[Attestation], ...]:

@@ -4,168 +4,118 @@ Each member reduces a share of the parts. A part that arrives is hashed and must
 sender's signed root; the reducer aggregates in a fixed order, encodes the result once and sends the
 same bytes, under the same receipt, to everybody. So members decode equal bits, and a claim binds its
 author to what was averaged. hivemind's runner instead re-encodes a difference for every receiver and
-keeps a member's own values where a reducer fails, after which no two members agree.
+keeps a member's own values where a reducer fails, after which no two members agree. Here a reducer's
+results are then asked of the members that have them, and without them nobody has a result.
+
+Deltas and averages lie on disk; a few parts of each sender are in memory at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from p2pasr.averaging import rules
 from p2pasr.averaging.codec import Layout
-from p2pasr.averaging.matchmaking import Group, Matchmaker
-from p2pasr.averaging.merkle import Tree, part_digests
+from p2pasr.averaging.group import MAX_RATE, Brought, Members, check_gathered, check_group
+from p2pasr.averaging.matchmaking import Matchmaker
+from p2pasr.averaging.merkle import Tree
+from p2pasr.averaging.partfile import PartFile
+from p2pasr.averaging.reducer import PartReducer
 from p2pasr.errors import LocalError, P2pasrError, Reject, TransportError
 from p2pasr.peers import streams
+from p2pasr.peers.blobs import file_digest
 from p2pasr.peers.host import Host
-from p2pasr.peers.streams import Stream
-from p2pasr.protocol.encoding import blob_digest, digest, pack, unpack
-from p2pasr.protocol.manifest import RuleSection, RunManifest, parse_manifest
-from p2pasr.protocol.messages import (
-    MAX_RECEIPT_BYTES,
-    MAX_RECORD_BYTES,
-    Claim,
-    PartReceipt,
-    Receipt,
-    Signed,
-    seal,
-    unseal,
-)
-from p2pasr.protocol.rules import RoundView, check_claim, check_receipts
+from p2pasr.peers.streams import Stream, patience
+from p2pasr.protocol.encoding import blob_digest, digest
+from p2pasr.protocol.manifest import RunManifest, parse_manifest
+from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Claim, PartReceipt, Receipt, Signed, seal, unseal
+from p2pasr.protocol.rules import RoundView, check_receipts
 from p2pasr.protocol.signing import short
 
-SENDER_SECONDS: Final = 20.0
-"""How long a reducer waits for a sender's next part before it goes on without that sender."""
+T = TypeVar("T")
 
-RESULT_SECONDS: Final = 60.0
-"""How long a member waits for a reducer's next result: longer, for the reducer may wait for others."""
+JOIN_SECONDS: Final = 20.0
+"""How long a member of a group is waited for, and a group that a member names."""
+
+RESULT_PATIENCE: Final = 3
+"""A reducer that waits for its slowest senders may take so many times as long as one of them."""
 
 KEEP_SECONDS: Final = 120.0
-"""How long a finished reduction is kept for members that ask late."""
+"""How long a reduction is kept for members that ask late."""
 
+PROGRESS_SECONDS: Final = 1.0
 
-@dataclass(frozen=True, slots=True)
-class Members:
-    """A group whose claims were checked.
+MAX_KNOWN: Final = 64
+"""Of how many peers something is told to a group."""
 
-    Attributes:
-        claims: in the group's order.
-        reducers: positions of those that reduce (all but peers in client mode).
-        weights: weight of each claim.
-        rule: how their parts become one.
-    """
-
-    group: bytes
-    claims: tuple[Signed[Claim], ...]
-    reducers: tuple[int, ...]
-    weights: tuple[float, ...]
-    rule: RuleSection = field(default_factory=RuleSection)
-
-    def position(self, peer: str) -> int:
-        """A member's position.
-
-        Raises:
-            Reject: the peer is no member.
-        """
-        for position, claim in enumerate(self.claims):
-            if claim.message.peer == peer:
-                return position
-        raise Reject(f"{short(peer)} is not in this group")
-
-    def share(self, position: int, parts: int) -> range:
-        """The parts that one member reduces: a run of equal length for each reducer, give or take one."""
-        if position not in self.reducers:
-            return range(0)
-        rank, count = self.reducers.index(position), len(self.reducers)
-        return range(parts * rank // count, parts * (rank + 1) // count)
-
-
-@dataclass(frozen=True, slots=True)
-class Reduced:
-    """The result of one part."""
-
-    data: bytes
-    receipt: PartReceipt
-
-
-@dataclass(slots=True)
-class PartReducer:
-    """Collects the parts of one reducer's share and reduces each when all live senders have sent it.
-
-    Attributes:
-        live: positions of senders that have not failed.
-    """
-
-    members: Members
-    layout: Layout
-    indices: range
-    live: set[int]
-    received: dict[int, dict[int, bytes]] = field(default_factory=dict)
-    results: dict[int, asyncio.Future[Reduced]] = field(default_factory=dict)
-    _started: set[int] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.results = {index: loop.create_future() for index in self.indices}
-
-    def submit(self, position: int, index: int, data: bytes) -> None:
-        """A sender's part, already checked against its claim; one that comes after the reduction is not kept."""
-        if index not in self._started:
-            self.received.setdefault(index, {})[position] = data
-            self._reduce_if_ready(index)
-
-    def drop(self, position: int) -> None:
-        """Go on without a sender; parts that it did send still count."""
-        self.live.discard(position)
-        for index in self.indices:
-            self._reduce_if_ready(index)
-
-    def _reduce_if_ready(self, index: int) -> None:
-        have = self.received.get(index, {})
-        if index in self._started or not have or not self.live <= have.keys():
-            return
-        self._started.add(index)
-        work = asyncio.get_running_loop().run_in_executor(None, self._reduce, index, dict(have))
-        work.add_done_callback(lambda done: self._finish(index, done))
-
-    def _reduce(self, index: int, parts: dict[int, bytes]) -> Reduced:
-        codec, size = self.layout.codec, self.layout.part_size(index)
-        decoded = {position: codec.decode(data, size) for position, data in parts.items()}
-        data = codec.encode(rules.aggregate(decoded, self.members.weights, self.members.rule))
-        return Reduced(data, PartReceipt(index, tuple(sorted(parts)), blob_digest(data)))
-
-    def _finish(self, index: int, done: asyncio.Future[Reduced]) -> None:
-        self.received.pop(index, None)
-        if (error := done.exception()) is not None:
-            self.results[index].set_exception(error)
-        else:
-            self.results[index].set_result(done.result())
+MIN_MEASURED_BYTES: Final = 64 * 1024
+"""Fewer bytes than this say nothing about a link."""
 
 
 @dataclass(slots=True)
 class Session:
-    """One group's reduction, as seen by one member."""
+    """One group's reduction, as seen by one member.
+
+    Attributes:
+        ours: this peer's position.
+        delta: its encoded delta.
+        digests: those of the delta's parts.
+        average: the result, which fills up.
+        reducer: for our share of the parts.
+        feeding: hands our own parts to it, also for the others when our attempt has failed.
+        receipts: for every reducer its receipt, once all of its results are here; None if it failed us.
+        connected: positions of members that send to us.
+        arrived: parts of the result that are here.
+    """
 
     members: Members
     layout: Layout
-    reducer: PartReducer
-    seal_receipt: Callable[[Sequence[PartReceipt]], Signed[Receipt]]
-    connected: set[int] = field(default_factory=set)
-    _receipt: Signed[Receipt] | None = None
+    view: RoundView
+    ours: int
+    delta: PartFile
+    digests: tuple[bytes, ...]
+    average: PartFile
+    reducer: PartReducer = field(init=False)
+    feeding: asyncio.Task[None] = field(init=False)
+    receipts: dict[int, asyncio.Future[Signed[Receipt] | None]] = field(init=False)
+    connected: set[int] = field(init=False)
+    arrived: int = 0
 
-    async def receipt(self) -> Signed[Receipt]:
-        """Our receipt, when all of our parts are reduced; the same one for everybody."""
-        results = [await self.reducer.results[index] for index in self.reducer.indices]
-        if self._receipt is None:
-            self._receipt = self.seal_receipt([result.receipt for result in results])
-        return self._receipt
+    def __post_init__(self) -> None:
+        everybody = set(range(len(self.members.claims)))
+        self.reducer = PartReducer(self.members, self.layout, self.members.shares[self.ours], everybody, self.keep)
+        self.connected = {self.ours}
+        loop = asyncio.get_running_loop()
+        self.receipts = {position: loop.create_future() for position in self.members.reducers}
+        self.feeding = loop.create_task(self._feed())
+
+    async def _feed(self) -> None:
+        for index in self.reducer.indices:
+            await self.reducer.room(index)
+            self.reducer.submit(self.ours, index, self.delta.read(index))
+
+    def keep(self, index: int, data: bytes) -> None:
+        """A part of the result is here."""
+        self.average.write(index, data)
+        self.arrived += 1
+
+    def close(self) -> None:
+        """Let go of the files; members that ask from now on are told that nothing is here."""
+        self.feeding.cancel()
+        for receipt in self.receipts.values():
+            if not receipt.done():
+                receipt.set_result(None)
+        self.delta.close()
+        self.average.close()
+        self.average.path.unlink(missing_ok=True)
 
 
 class AllReduce:
-    """The all-reduce service. Call: `average`, see :meth:`_call_average`."""
+    """The all-reduce service. Calls: `average`, see :meth:`_call_average`; `receipts`, see :meth:`_call_receipts`."""
 
     def __init__(self) -> None:
         self._host: Host
@@ -173,6 +123,8 @@ class AllReduce:
         self._manifest: RunManifest | None = None
         self._sessions: dict[bytes, Session] = {}
         self._opened = asyncio.Condition()
+        self._rates: dict[str, float] = {}
+        self._failed: tuple[bytes, set[str]] = (b"", set())
 
     async def start(self, host: Host) -> None:
         """Register on a host."""
@@ -180,14 +132,25 @@ class AllReduce:
         self._matchmaker = Matchmaker(host)
         await self._matchmaker.start()
         await host.serve("reduce", self._serve_sender)
+        await host.serve("results", self._serve_results)
+        await host.serve("receipts", self._serve_receipts)
         host.calls["average"] = self._call_average
+        host.calls["receipts"] = self._call_receipts
+        host.at_stop.append(self._stop)
+
+    def _stop(self) -> None:
+        for session in self._sessions.values():
+            session.close()
+
+    # --- calls of the training process --------------------------------------------------------------
 
     async def _call_average(self, args: dict[str, Any]) -> dict[str, Any]:
         """Find a group and average with it.
 
         Args:
             args: round, state, covered (the view); claim (packed, ours); delta (digest of the encoded
-                one); expected (peers, ours among them), min_size, window, timeout (of the group).
+                one); expected (peers, ours among them), shunned (peers that are not averaged with),
+                min_size, window, timeout (of the group).
 
         Returns:
             group, members (packed claims), receipts (packed), average (digest of the encoded result).
@@ -195,93 +158,214 @@ class AllReduce:
         view = RoundView(self._read_manifest(), self._host.run, args["round"], args["state"], args["covered"])
         layout = Layout.of(view.manifest.parameters, view.manifest.averaging)
         claim = unseal(args["claim"], Claim)
-        parts = layout.cut(self._host.store.get(args["delta"]))
-        digests = part_digests(parts)
-        if _delta_tree(claim.message).root(digests) != claim.message.delta_root:
-            raise LocalError("the stored delta is not the one this peer's claim commits to")
-        group = await self._matchmaker.find(
-            schema=digest("group", view.run + view.round.to_bytes(8, "big") + view.state),
-            gather=pack({"claim": args["claim"], "reduces": not self._host.config.node.client_mode}),
-            expected=args["expected"],
-            size=min(len(args["expected"]), view.manifest.averaging.max_group),
-            min_size=args["min_size"],
-            window=args["window"],
-            timeout=args["timeout"],
-            admit=lambda peer, gather: _check_gathered(peer, gather, view),
-        )
-        members = _check_group(group, view, claim)
-        self._host.emit({"event": "group", "peers": list(group.peers), "id": group.id})
-        results, receipts = await self._run(members, layout, parts, digests, view)
-        average = self._host.store.put("average", b"".join(results), durable=False)
+        with contextlib.ExitStack() as files:
+            delta = files.enter_context(self._open_delta(args["delta"], layout))
+            digests = await _in_thread(_part_digests, delta)
+            if _delta_tree(claim.message).root(digests) != claim.message.delta_root:
+                raise LocalError("the stored delta is not the one this peer's claim commits to")
+            schema = digest("group", view.run + view.round.to_bytes(8, "big") + view.state)
+            if self._failed[0] != schema:
+                self._failed = (schema, set())
+            reduces, expected = not self._host.config.node.client_mode, args["expected"]
+            brought = Brought(claim, reduces, self._known_rates(expected), tuple(sorted(self._failed[1])[:MAX_KNOWN]))
+            group = await self._matchmaker.find(
+                schema=schema,
+                gather=brought.pack(),
+                expected=expected,
+                size=min(len(expected), view.manifest.averaging.max_group),
+                min_size=args["min_size"],
+                window=args["window"],
+                timeout=args["timeout"],
+                admit=lambda peer, gather: check_gathered(peer, gather, view, args["shunned"]),
+            )
+            members = check_group(group, view, claim, args["shunned"])
+            self._host.emit({"event": "group", "peers": list(group.peers), "id": members.group})
+            session = await self._open(members, layout, view, delta, digests)
+            files.pop_all()  # the session closes them
+        try:
+            receipts = await self._run(session)
+        except BaseException:
+            self._matchmaker.mistrust(group)
+            raise
+        average = await _in_thread(file_digest, session.average.path)
+        if self._host.store.find(average) is None:
+            self._host.store.make_room(layout.total_bytes)
+            self._host.store.commit(session.average.path, average, "average", durable=False)
         return {
-            "group": group.id,
+            "group": members.group,
             "members": [member.pack() for member in members.claims],
             "receipts": [receipt.pack() for receipt in receipts],
             "average": average,
         }
 
-    async def _run(
-        self,
-        members: Members,
-        layout: Layout,
-        parts: list[memoryview],
-        digests: list[bytes],
-        view: RoundView,
-    ) -> tuple[list[bytes], list[Signed[Receipt]]]:
-        """Exchange parts with every reducer, ourselves among them."""
-        ours = members.position(self._host.peer)
-        session = await self._open(members, layout, view)
-        share = session.reducer.indices
-        for index in share:
-            session.reducer.submit(ours, index, bytes(parts[index]))
-        others = [position for position in members.reducers if position != ours]
-        exchanges = await asyncio.gather(
-            *(self._exchange(members, position, layout, parts, digests) for position in others),
-            return_exceptions=True,
-        )
-        results: dict[int, bytes] = {}
-        receipts: list[Signed[Receipt]] = []
-        failures: list[str] = []
-        for position, exchange in zip(others, exchanges, strict=True):
-            if isinstance(exchange, P2pasrError):
-                failures.append(f"{short(members.claims[position].message.peer)} reduced nothing ({exchange})")
-            elif isinstance(exchange, BaseException):
-                raise exchange
-            else:
-                results.update(exchange[0])
-                receipts.append(exchange[1])
-        if failures:
-            raise TransportError("; ".join(failures))
-        if share:
-            async with asyncio.timeout(RESULT_SECONDS):
-                receipts.append(await session.receipt())
-            results.update({index: session.reducer.results[index].result().data for index in share})
-        check_receipts(receipts, members.group, members.claims, layout.parts)
-        return [results[index] for index in range(layout.parts)], receipts
+    async def _call_receipts(self, args: dict[str, Any]) -> dict[str, Any]:
+        """The receipts of a group that its other members hold, wherever these can be had.
 
-    async def _open(self, members: Members, layout: Layout, view: RoundView) -> Session:
-        ours = members.position(self._host.peer)
-        share = members.share(ours, layout.parts)
-        claim_digests = tuple(claim.digest for claim in members.claims)
+        Args:
+            args: group.
 
-        def seal_receipt(parts: Sequence[PartReceipt]) -> Signed[Receipt]:
-            receipt = Receipt(
-                view.run, self._host.peer, view.round, view.state, members.group, claim_digests, tuple(parts)
+        Returns:
+            receipts (packed), each once.
+        """
+        session = self._sessions.get(args["group"])
+        if session is None:
+            raise TransportError("that group's reduction is kept no longer")
+        found: set[bytes] = set()
+
+        async def ask(position: int) -> None:
+            with contextlib.suppress(P2pasrError):  # who does not answer adds nothing
+                async with self._host.open(session.members.peer(position), "receipts") as stream:
+                    await stream.send({"group": session.members.group})
+                    for _ in session.members.reducers:
+                        packed = await stream.receive_frame(MAX_RECEIPT_BYTES)
+                        unseal(packed, Receipt, MAX_RECEIPT_BYTES)
+                        found.add(packed)
+
+        await asyncio.gather(*map(ask, session.members.reachable - {session.ours}))
+        return {"receipts": sorted(found)}
+
+    # --- a reduction, as a member ---------------------------------------------------------------------
+
+    async def _run(self, session: Session) -> list[Signed[Receipt]]:
+        """Exchange parts with every reducer, ourselves among them; returns their receipts.
+
+        Raises:
+            TransportError: the results of a reducer cannot be had.
+            Reject: the receipts do not account for the delta.
+        """
+        members = session.members
+        telling = asyncio.create_task(self._tell_progress(session))
+        others = [position for position in members.reducers if position != session.ours]
+        try:
+            outcomes = await asyncio.gather(
+                *(self._obtain(session, position) for position in others), return_exceptions=True
             )
-            return seal(self._host.identity, receipt)
+            receipts: list[Signed[Receipt]] = []
+            failures: list[str] = []
+            for position, outcome in zip(others, outcomes, strict=True):
+                if isinstance(outcome, P2pasrError):
+                    self._failed[1].add(members.peer(position))
+                    failures.append(f"{short(members.peer(position))} reduced nothing ({outcome})")
+                elif isinstance(outcome, BaseException):
+                    raise outcome
+                else:
+                    receipts.append(outcome)
+            if failures:
+                raise TransportError("; ".join(failures))
+            if session.ours in members.reducers:
+                receipts.append(await self._own_receipt(session))
+        finally:
+            telling.cancel()
+        check_receipts(receipts, members.group, members.claims, session.layout.parts)
+        return receipts
 
-        session = Session(
-            members=members,
-            layout=layout,
-            reducer=PartReducer(members, layout, share, set(range(len(members.claims)))),
-            seal_receipt=seal_receipt,
-            connected={ours},
-        )
+    async def _obtain(self, session: Session, position: int) -> Signed[Receipt]:
+        """One reducer's results: its own word, or where it fails us, that of a member which has them."""
+        kept = session.receipts[position]
+        try:
+            receipt = await self._exchange(session, position)
+        except P2pasrError as error:
+            if not kept.done():
+                kept.set_result(None)
+            return await self._ask_others(session, position, error)
+        if not kept.done():
+            kept.set_result(receipt)
+        return receipt
+
+    async def _exchange(self, session: Session, position: int) -> Signed[Receipt]:
+        """Send one reducer our parts of its share and receive its results."""
+        members, layout = session.members, session.layout
+        share, peer = members.shares[position], members.peer(position)
+        wait = RESULT_PATIENCE * self._patience(peer, layout)
+        async with self._host.open(peer, "reduce", wait) as stream:
+            await stream.send({"group": members.group, "digests": session.digests})
+            await stream.receive()
+            sending = asyncio.create_task(_send_parts(stream, session.delta, share))
+            try:
+                results: dict[int, bytes] = {}
+                for index in share:
+                    data = await stream.receive_data(layout.part_bytes(index), wait)
+                    await _check_decodes(layout, index, data)  # a receipt for nonsense is nonsense
+                    session.keep(index, data)
+                    results[index] = blob_digest(data)
+                receipt = unseal(await stream.receive_frame(MAX_RECEIPT_BYTES), Receipt, MAX_RECEIPT_BYTES)
+                await sending
+            finally:
+                sending.cancel()
+        _check_receipt(receipt, peer, members.group, results)
+        return receipt
+
+    async def _ask_others(self, session: Session, position: int, why: P2pasrError) -> Signed[Receipt]:
+        """A reducer's results from any member that it gave them to.
+
+        Raises:
+            TransportError: nobody has them; with what went wrong at first.
+        """
+        members = session.members
+        count = len(members.claims)
+        for step in range(1, count):
+            other = (session.ours + step) % count
+            if other == position or other not in members.reachable:
+                continue
+            try:
+                receipt = await self._fetch_results(session, position, other)
+            except P2pasrError:
+                continue  # what is told in the end is why the reducer itself failed
+            self._host.warn(
+                f"{short(members.peer(position))} reduced nothing for this peer ({why}): "
+                f"its results came from {short(members.peer(other))}"
+            )
+            return receipt
+        raise TransportError(str(why)) from why
+
+    async def _fetch_results(self, session: Session, position: int, other: int) -> Signed[Receipt]:
+        members, layout = session.members, session.layout
+        peer = members.peer(position)
+        wait = RESULT_PATIENCE * self._patience(members.peer(other), layout)
+        async with self._host.open(members.peer(other), "results", wait) as stream:
+            await stream.send({"group": members.group, "reducer": position})
+            receipt = unseal(await stream.receive_frame(MAX_RECEIPT_BYTES), Receipt, MAX_RECEIPT_BYTES)
+            stated = {part.index: part.result for part in receipt.message.parts}
+            if stated.keys() != set(members.shares[position]):
+                raise Reject(f"the receipt of {short(peer)} is not about its share")
+            _check_receipt(receipt, peer, members.group, stated)
+            for index in members.shares[position]:
+                data = await stream.receive_data(layout.part_bytes(index), wait)
+                if blob_digest(data) != stated[index]:
+                    raise Reject(f"part {index} from {short(stream.peer)} is not the one {short(peer)} reduced")
+                await _check_decodes(layout, index, data)
+                session.keep(index, data)
+        return receipt
+
+    async def _own_receipt(self, session: Session) -> Signed[Receipt]:
+        """Our receipt, when all of our parts are reduced; the same one for everybody."""
+        kept = session.receipts[session.ours]
+        lines = [await asyncio.shield(session.reducer.results[index]) for index in session.reducer.indices]
+        if not kept.done():
+            kept.set_result(self._seal_receipt(session, lines))
+        receipt = kept.result()
+        if receipt is None:
+            raise TransportError("this reduction is over")
+        return receipt
+
+    def _seal_receipt(self, session: Session, lines: Sequence[PartReceipt]) -> Signed[Receipt]:
+        view, members = session.view, session.members
+        claims = tuple(claim.digest for claim in members.claims)
+        receipt = Receipt(view.run, self._host.peer, view.round, view.state, members.group, claims, tuple(lines))
+        return seal(self._host.identity, receipt)
+
+    async def _open(
+        self, members: Members, layout: Layout, view: RoundView, delta: PartFile, digests: tuple[bytes, ...]
+    ) -> Session:
+        self._host.store.make_room(layout.total_bytes)
+        average = PartFile(self._host.store.scratch("average"), layout)
+        session = Session(members, layout, view, members.position(self._host.peer), delta, digests, average)
         async with self._opened:
             self._sessions[members.group] = session
             self._opened.notify_all()
-        asyncio.get_running_loop().call_later(SENDER_SECONDS, self._drop_absent, session)
-        asyncio.get_running_loop().call_later(KEEP_SECONDS, self._sessions.pop, members.group, None)
+        loop = asyncio.get_running_loop()
+        loop.call_later(JOIN_SECONDS, self._drop_absent, session)
+        loop.call_later(KEEP_SECONDS + self._most_seconds(layout), self._forget, session)
         return session
 
     def _drop_absent(self, session: Session) -> None:
@@ -289,28 +373,11 @@ class AllReduce:
             if position not in session.connected:
                 session.reducer.drop(position)
 
-    async def _exchange(
-        self, members: Members, position: int, layout: Layout, parts: list[memoryview], digests: list[bytes]
-    ) -> tuple[dict[int, bytes], Signed[Receipt]]:
-        """Send one reducer our parts of its share and receive its results."""
-        share = members.share(position, layout.parts)
-        async with self._host.open(members.claims[position].message.peer, "reduce") as stream:
-            await stream.send({"group": members.group, "digests": digests})
-            await stream.receive()
-            sending = asyncio.create_task(_send_parts(stream, [parts[index] for index in share]))
-            try:
-                results: dict[int, bytes] = {}
-                for index in share:
-                    results[index] = await stream.receive_data(layout.part_bytes(index), RESULT_SECONDS)
-                    await _check_decodes(layout, index, results[index])  # a receipt for nonsense is nonsense
-                receipt = unseal(await stream.receive_frame(MAX_RECEIPT_BYTES), Receipt, MAX_RECEIPT_BYTES)
-                await sending
-            finally:
-                sending.cancel()
-        stated = {part.index: part.result for part in receipt.message.parts}
-        if receipt.message.peer != stream.peer or stated != {i: blob_digest(d) for i, d in results.items()}:
-            raise Reject(f"the results of {short(stream.peer)} are not those that its receipt states")
-        return results, receipt
+    def _forget(self, session: Session) -> None:
+        self._sessions.pop(session.members.group, None)
+        session.close()
+
+    # --- a reduction, as a reducer --------------------------------------------------------------------
 
     async def _serve_sender(self, stream: Stream) -> None:
         """A member sends us its parts of our share and wants the results."""
@@ -325,10 +392,11 @@ class AllReduce:
         if position in session.connected:
             raise Reject(f"{short(stream.peer)} sends its parts twice")
         session.connected.add(position)
+        stream.timeout = self._patience(stream.peer, session.layout)
         await stream.send({"ok": True})
-        answering = asyncio.create_task(_send_results(stream, session))
+        answering = asyncio.create_task(self._send_results(stream, session))
         try:
-            await _receive_parts(stream, session, position, digests)
+            await self._receive_parts(stream, session, position, digests)
             await answering
         except BaseException:
             session.reducer.drop(position)
@@ -337,14 +405,90 @@ class AllReduce:
             answering.cancel()
             await asyncio.gather(answering, return_exceptions=True)
 
+    async def _receive_parts(self, stream: Stream, session: Session, position: int, digests: Sequence[bytes]) -> None:
+        measured, seconds = 0, 0.0
+        for index in session.reducer.indices:
+            await session.reducer.room(index)
+            size = session.layout.part_bytes(index)
+            began = time.monotonic()
+            data = await stream.receive_frame(size)
+            if index > session.reducer.indices.start:  # before the first, the sender had other things to do
+                measured, seconds = measured + size, seconds + time.monotonic() - began
+            if len(data) != size or blob_digest(data) != digests[index]:
+                raise Reject(f"part {index} of {short(stream.peer)} is not the one it committed to")
+            await _check_decodes(session.layout, index, data)  # in the reduction it would cost everybody the part
+            session.reducer.submit(position, index, data)
+        if measured >= MIN_MEASURED_BYTES:
+            rate = min(measured / max(seconds, 1e-6), float(MAX_RATE))
+            self._rates[stream.peer] = (self._rates.get(stream.peer, rate) + rate) / 2
+
+    async def _send_results(self, stream: Stream, session: Session) -> None:
+        for index in session.reducer.indices:
+            await asyncio.shield(session.reducer.results[index])
+            await stream.send_frame(session.average.read(index))
+        await stream.send_frame((await self._own_receipt(session)).pack())
+
+    async def _serve_results(self, stream: Stream) -> None:
+        """A member wants the results of a reducer that failed it."""
+        opening = await stream.receive()
+        session = await self._find(streams.field(opening, "group", bytes))
+        session.members.position(stream.peer)
+        kept = session.receipts.get(streams.field(opening, "reducer", int))
+        if kept is None:
+            raise Reject(f"{short(stream.peer)} asks for the results of a member that does not reduce")
+        stream.timeout = self._patience(stream.peer, session.layout)
+        receipt = await _soon(kept, RESULT_PATIENCE * stream.timeout)
+        if receipt is None:
+            raise TransportError("its results are not here either")
+        await stream.send_frame(receipt.pack())
+        for index in session.members.shares[session.members.position(receipt.message.peer)]:
+            await stream.send_frame(session.average.read(index))
+
+    async def _serve_receipts(self, stream: Stream) -> None:
+        """A member compares receipts: it gets all that are here."""
+        opening = await stream.receive()
+        session = self._sessions.get(streams.field(opening, "group", bytes))
+        if session is None:
+            raise TransportError("this peer is not in such a group")
+        session.members.position(stream.peer)
+        for kept in session.receipts.values():
+            if kept.done() and (receipt := kept.result()) is not None:
+                await stream.send_frame(receipt.pack())
+
     async def _find(self, group: bytes) -> Session:
         """The session of a group; a member may reach us before our leader's message does."""
         try:
-            async with asyncio.timeout(SENDER_SECONDS), self._opened:
+            async with asyncio.timeout(JOIN_SECONDS), self._opened:
                 await self._opened.wait_for(lambda: group in self._sessions)
                 return self._sessions[group]
         except TimeoutError:
             raise TransportError("this peer is not in such a group") from None
+
+    # --- what this peer knows -------------------------------------------------------------------------
+
+    def _known_rates(self, peers: Sequence[str]) -> dict[str, int]:
+        """Bytes per second that each of these peers sent to us, as far as that was measured."""
+        known = sorted(self._rates.keys() & set(peers))[:MAX_KNOWN]
+        return {peer: max(1, int(self._rates[peer])) for peer in known}
+
+    def _patience(self, peer: str, layout: Layout) -> float:
+        """Seconds that a peer may take for its next part."""
+        return patience(layout.part_bytes(0), self._rates.get(peer))
+
+    def _most_seconds(self, layout: Layout) -> float:
+        """Seconds after which a reduction is over, however slow its links."""
+        return patience(2 * layout.total_bytes)
+
+    async def _tell_progress(self, session: Session) -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_SECONDS)
+            self._host.emit({"event": "averaging", "done": session.arrived, "size": session.layout.parts})
+
+    def _open_delta(self, delta: bytes, layout: Layout) -> PartFile:
+        path = self._host.store.find(delta)
+        if path is None:
+            raise LocalError(f"the delta {delta.hex()[:12]}… is not in {self._host.store.root}")
+        return PartFile(path, layout)
 
     def _read_manifest(self) -> RunManifest:
         if self._manifest is None:
@@ -352,25 +496,9 @@ class AllReduce:
         return self._manifest
 
 
-async def _send_parts(stream: Stream, parts: Sequence[memoryview]) -> None:
-    for part in parts:
-        await stream.send_frame(part)
-
-
-async def _send_results(stream: Stream, session: Session) -> None:
-    for index in session.reducer.indices:
-        await stream.send_frame((await asyncio.shield(session.reducer.results[index])).data)
-    await stream.send_frame((await session.receipt()).pack())
-
-
-async def _receive_parts(stream: Stream, session: Session, position: int, digests: Sequence[bytes]) -> None:
-    for index in session.reducer.indices:
-        size = session.layout.part_bytes(index)
-        data = await stream.receive_frame(size, SENDER_SECONDS)
-        if len(data) != size or blob_digest(data) != digests[index]:
-            raise Reject(f"part {index} of {short(stream.peer)} is not the one it committed to")
-        await _check_decodes(session.layout, index, data)  # in the reduction it would cost everybody the part
-        session.reducer.submit(position, index, data)
+async def _send_parts(stream: Stream, delta: PartFile, share: range) -> None:
+    for index in share:
+        await stream.send_frame(delta.read(index))
 
 
 async def _check_decodes(layout: Layout, index: int, data: bytes) -> None:
@@ -379,46 +507,27 @@ async def _check_decodes(layout: Layout, index: int, data: bytes) -> None:
     Raises:
         Reject: it cannot.
     """
-    await asyncio.get_running_loop().run_in_executor(None, layout.codec.decode, data, layout.part_size(index))
+    await _in_thread(layout.codec.decode, data, layout.part_size(index))
+
+
+def _check_receipt(receipt: Signed[Receipt], peer: str, group: bytes, results: Mapping[int, bytes]) -> None:
+    """Is this the receipt of a peer for these results (part → digest) of a group?
+
+    Raises:
+        Reject: no.
+    """
+    message = receipt.message
+    stated = {part.index: part.result for part in message.parts}
+    if message.peer != peer or message.group != group or stated != results:
+        raise Reject(f"the results of {short(peer)} are not those that its receipt states")
+
+
+def _part_digests(delta: PartFile) -> tuple[bytes, ...]:
+    return tuple(blob_digest(delta.read(index)) for index in range(delta.layout.parts))
 
 
 def _delta_tree(claim: Claim) -> Tree:
     return Tree("delta", claim.run, claim.round, claim.peer)
-
-
-def _check_gathered(peer: str, gathered: bytes, view: RoundView) -> tuple[Signed[Claim], bool]:
-    """The claim that a peer brought along, and whether it reduces.
-
-    Raises:
-        Ignore, Reject: it may not be averaged with.
-    """
-    brought = unpack(gathered, MAX_RECORD_BYTES + 64)
-    if not isinstance(brought, dict) or type(brought.get("reduces")) is not bool:
-        raise Reject(f"{short(peer)} brought no claim")
-    claim = unseal(streams.field(brought, "claim", bytes), Claim)
-    if claim.message.peer != peer:
-        raise Reject(f"{short(peer)} brought the claim of {short(claim.message.peer)}")
-    check_claim(claim.message, view)
-    return claim, brought["reduces"]
-
-
-def _check_group(group: Group, view: RoundView, ours: Signed[Claim]) -> Members:
-    """Check what the leader sent: every member's claim, and that ours is among them.
-
-    Raises:
-        Reject: it is no group that we can average with.
-    """
-    if len(group.peers) != len(group.gathered) or len(set(group.peers)) != len(group.peers):
-        raise Reject("the leader's group is malformed")
-    checked = [_check_gathered(peer, data, view) for peer, data in zip(group.peers, group.gathered, strict=True)]
-    claims = tuple(claim for claim, _ in checked)
-    reducers = tuple(position for position, (_, reduces) in enumerate(checked) if reduces or len(checked) == 1)
-    if ours not in claims:
-        raise Reject("the leader's group lacks this peer's claim")
-    if not reducers:
-        raise TransportError("all peers of the group are in client mode, and a group needs one that others can reach")
-    weights = rules.weights([claim.message for claim in claims], view.manifest)
-    return Members(group.id, claims, reducers, weights, view.manifest.averaging.rule)
 
 
 def _are_digests(value: Any, count: int) -> bool:
@@ -427,3 +536,21 @@ def _are_digests(value: Any, count: int) -> bool:
         and len(value) == count
         and all(isinstance(item, bytes) and len(item) == 32 for item in value)
     )
+
+
+async def _soon(future: asyncio.Future[T], seconds: float) -> T:
+    """What a future comes to, if it does in time; the future goes on.
+
+    Raises:
+        TransportError: it does not.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            return await asyncio.shield(future)
+    except TimeoutError:
+        raise TransportError(f"this was not known within {seconds:.0f} s") from None
+
+
+async def _in_thread(work: Callable[..., T], *args: Any) -> T:
+    """Do what takes the processor or the disk a while off the event loop."""
+    return await asyncio.get_running_loop().run_in_executor(None, work, *args)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from google.protobuf.message import DecodeError
@@ -27,7 +27,9 @@ REQUEST_SECONDS: Final = 3.0
 GROUP_ID_BYTES: Final = 20
 """Length of a group's name, as hivemind's leaders make it."""
 
-MAX_GATHER_BYTES: Final = MAX_RECORD_BYTES + 1024
+MAX_GATHER_BYTES: Final = 2 * MAX_RECORD_BYTES
+"""A claim, and as much again for what its author knows of other members."""
+
 MAX_JOIN_BYTES: Final = MAX_GATHER_BYTES + 1024
 MAX_GROUP_BYTES: Final = 64 * (MAX_GATHER_BYTES + 64) + 1024
 
@@ -52,11 +54,13 @@ class Group:
         id: made by the leader, unique.
         peers: their IDs, in the order that positions refer to.
         gathered: what each brought along, in the same order.
+        leader: who said so; None if that was this peer.
     """
 
     id: bytes
     peers: tuple[str, ...]
     gathered: tuple[bytes, ...]
+    leader: str | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)
@@ -100,6 +104,7 @@ class Matchmaker:
         self._current: Matchmaking | None = None
         self._admit: Callable[[str, bytes], object] = _admit_nobody
         self._why: dict[str, str] = {}
+        self._fallen: str | None = None
 
     async def start(self) -> None:
         """Answer peers that ask to join our group."""
@@ -135,11 +140,12 @@ class Matchmaker:
             return Group(secrets.token_bytes(GROUP_ID_BYTES), (self._host.peer,), (gather,))
         self._admit = admit
         self._why = {}
+        leaders: dict[bytes, str] = {}
         self._current = Matchmaking(
             self._host.p2p,
             schema,
             _AwaitableDht(self._host.node.dht),
-            servicer_type=_bounded_servicer(self._host, self._why, expected, admit),
+            servicer_type=_bounded_servicer(self._host, self._why, leaders, self._refusals(expected), admit),
             prefix=f"p2pasr-{self._host.run.hex()[:32]}",
             target_group_size=None,  # set below: passed here, hivemind would advise powers of two
             min_group_size=max(2, min_size),
@@ -156,9 +162,26 @@ class Matchmaker:
         finally:
             self._current = None
             self._admit = _admit_nobody
+            self._fallen = None
         if info is None:
             raise TransportError(f"no group of {size} within {timeout:.0f} s: {self._reasons()}")
-        return Group(info.group_id, tuple(map(str, info.peer_ids)), tuple(info.gathered))
+        leader = leaders.get(info.group_id)
+        return Group(info.group_id, tuple(map(str, info.peer_ids)), tuple(info.gathered), leader)
+
+    def mistrust(self, group: Group) -> None:
+        """Do not follow this group's leader next time: it fell apart, perhaps for members had different rosters."""
+        self._fallen = group.leader
+
+    def _refusals(self, expected: Collection[str]) -> Callable[[str], str | None]:
+        """Why a peer is not followed, if so."""
+        fallen = self._fallen
+
+        def refuse(peer: str) -> str | None:
+            if peer not in expected:
+                return "nothing is known of it in this round"
+            return "its last group fell apart" if peer == fallen else None
+
+        return refuse
 
     def _reasons(self) -> str:
         if not self._why:
@@ -202,9 +225,13 @@ async def _relay(messages: AsyncIterator[Any], stream: Stream) -> None:
 
 
 def _bounded_servicer(
-    host: Host, why: dict[str, str], expected: Collection[str], admit: Callable[[str, bytes], object]
+    host: Host,
+    why: dict[str, str],
+    leaders: dict[bytes, str],
+    refuse: Callable[[str], str | None],
+    admit: Callable[[str, bytes], object],
 ) -> type[ServicerBase]:
-    """A servicer type whose stubs speak over our streams, to expected peers, and check what these say.
+    """A servicer type whose stubs speak over our streams, to peers that may be followed, and check what these say.
 
     hivemind's own stubs read whatever length a peer announces into memory, and its `Matchmaking`
     follows whoever declares itself and takes a leader's group as it comes.
@@ -219,8 +246,8 @@ def _bounded_servicer(
 
         async def _messages(self, request: averaging_pb2.JoinRequest) -> AsyncIterator[Any]:
             try:
-                if self._peer not in expected:
-                    raise Reject("nothing is known of it in this round")
+                if (reason := refuse(self._peer)) is not None:
+                    raise Reject(reason)
                 async with host.open(self._peer, "join") as stream:
                     await stream.send_frame(request.SerializeToString())
                     while True:
@@ -230,6 +257,8 @@ def _bounded_servicer(
                         code = averaging_pb2.MessageCode.Name(message.code)
                         if code in _WHY_NOT:
                             why[self._peer] = _WHY_NOT[code]
+                        if message.code == averaging_pb2.BEGIN_ALLREDUCE:
+                            leaders[message.group_id] = self._peer
                         yield message
             except (RemoteError, DecodeError) as error:
                 why[self._peer] = f"cannot be followed ({error})"

@@ -64,9 +64,7 @@ class BlobStore:
     @contextlib.contextmanager
     def _writing(self, digest: bytes, kind: Kind, durable: bool) -> Iterator[Path]:
         """A temporary path to write a blob to; it becomes the blob when the block ends without error."""
-        descriptor, name = tempfile.mkstemp(dir=self.root / "partial", prefix=digest.hex()[:16] + "-")
-        os.close(descriptor)
-        part = Path(name)
+        part = self.scratch(digest.hex()[:16])
         try:
             with disk_errors(self.root):
                 yield part
@@ -176,6 +174,12 @@ class BlobStore:
         for path in (self.root / "partial").iterdir():
             if "-" in path.name:
                 path.unlink(missing_ok=True)
+
+    def scratch(self, label: str) -> Path:
+        """A new, empty file that :meth:`commit` can make a blob; what is left of it :meth:`tidy` removes."""
+        descriptor, name = tempfile.mkstemp(dir=self.root / "partial", prefix=label + "-")
+        os.close(descriptor)
+        return Path(name)
 
     def partial(self, digest: bytes, label: str) -> Path:
         """Where an unfinished download of a blob is kept, apart from others of the same blob."""

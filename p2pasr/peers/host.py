@@ -75,6 +75,7 @@ class Host:
         self.node = Node(config.node, lambda reason: emit({"event": "waiting", "reason": reason}))
         self.store = BlobStore(Path(config.store_root), config.budget_bytes)
         self.pacer = Pacer(config.upload_bytes_per_second)
+        self.at_stop: list[Callable[[], None]] = []
         self.calls: dict[str, Call] = {"announce": self._announce, "lookup": self._lookup, "status": self._status}
         self.directory: Directory
         self._incoming: Counter[str] = Counter()
@@ -114,7 +115,9 @@ class Host:
             await service.start(self)
 
     async def stop(self) -> None:
-        """Leave the network."""
+        """Let the services clean up and leave the network."""
+        for clean_up in self.at_stop:
+            clean_up()
         if hasattr(self, "directory"):
             await self.directory.stop()
         await self.node.stop()

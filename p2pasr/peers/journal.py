@@ -131,6 +131,13 @@ class Journal:
         """The packed round records of a folder that a running peer may have locked, in the order of the rounds."""
         return [path.read_bytes() for path in sorted((folder / "lineage").glob("*.msgpack"))]
 
+    def prove(self, name: str, proof: bytes) -> Path:
+        """Keep a proof against a peer; returns where it lies."""
+        path = self.folder / "evidence" / f"{name}.msgpack"
+        path.parent.mkdir(exist_ok=True)
+        self._replace(path, proof)
+        return path
+
     def _write(self, name: str, content: dict[str, Any]) -> None:
         self._replace(self.folder / name, json.dumps(content, indent=1).encode())
 

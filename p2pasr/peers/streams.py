@@ -13,7 +13,25 @@ from p2pasr.protocol.encoding import pack, unpack
 MAX_MESSAGE_BYTES: Final = 1 << 20
 """Longest structured message on a stream; bulk data goes in raw frames of announced size."""
 
+SLOWEST_BYTES_PER_SECOND: Final = 64 * 1024
+"""A link that is slower than 0.5 Mbit/s is given up; one that was never measured may be as slow."""
+
+PATIENCE_SECONDS: Final = 15.0
+"""How long any answer may take, however short."""
+
+_SLACK: Final = 4
+
 _LENGTH_BYTES: Final = 4
+
+
+def patience(size: int, bytes_per_second: float | None = None) -> float:
+    """Seconds that a peer may take to send something of a size.
+
+    Args:
+        bytes_per_second: how fast its link was before; None where that is not known.
+    """
+    rate = max(bytes_per_second or SLOWEST_BYTES_PER_SECOND, SLOWEST_BYTES_PER_SECOND)
+    return PATIENCE_SECONDS + _SLACK * size / rate
 
 
 class Pacer:

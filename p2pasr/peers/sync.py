@@ -9,6 +9,7 @@ from p2pasr.errors import Reject, TransportError
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.peers.journal import Journal
 from p2pasr.peers.link import Link
+from p2pasr.peers.streams import SLOWEST_BYTES_PER_SECOND
 from p2pasr.protocol.agreement import Agreement, agree, result_of
 from p2pasr.protocol.manifest import MAX_MANIFEST_BYTES, RunManifest, parse_manifest
 from p2pasr.protocol.messages import MAX_ANCESTORS, Attestation
@@ -18,8 +19,6 @@ from p2pasr.protocol.tensors import Tensors
 MANIFEST_SECONDS = 120.0
 POLL_SECONDS = 1.0
 MIN_STATE_SECONDS = 120.0
-SLOWEST_BYTES_PER_SECOND = 64 * 1024
-"""Below this a download is given up: 0.5 Mbit/s."""
 
 
 def fetch_manifest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,23 @@ import numpy as np
 import pytest
 
 from p2pasr.averaging import allreduce as module
-from p2pasr.averaging.allreduce import AllReduce, Members, PartReducer, Reduced, _check_gathered, _check_group
+from p2pasr.averaging import reducer as reducer_module
+from p2pasr.averaging.allreduce import AllReduce
 from p2pasr.averaging.codec import Layout, Vector
+from p2pasr.averaging.group import Brought, Members, check_gathered, check_group, group_id
 from p2pasr.averaging.matchmaking import Group
 from p2pasr.averaging.merkle import Tree, part_digests
+from p2pasr.averaging.partfile import PartFile
+from p2pasr.averaging.reducer import PartReducer
 from p2pasr.averaging.rules import weighted_mean, weights
+from p2pasr.averaging.shares import split
 from p2pasr.errors import Ignore, LocalError, Reject, TransportError
 from p2pasr.peers import host as host_module
 from p2pasr.peers.host import Host
 from p2pasr.protocol.encoding import blob_digest, pack, unpack
 from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Claim, PartReceipt, Receipt, Signed, seal, unseal
 from p2pasr.protocol.rules import check_receipts
+from p2pasr.verify.conflict import Conflict, contradict
 from p2pasr.verify.record import in_every_part
 
 from .builders import (
@@ -56,7 +63,11 @@ def members_of(count: int, reducers: tuple[int, ...] | None = None) -> Members:
         for n in range(count)
     )
     weighing = weights([claim.message for claim in claims], MANIFEST)
-    return Members(GROUP, claims, reducers or tuple(range(count)), weighing)
+    return Members(GROUP, claims, shares_of(count, reducers), weighing, frozenset(reducers or range(count)))
+
+
+def shares_of(count: int, reducers: tuple[int, ...] | None = None) -> tuple[range, ...]:
+    return split(PARTS, [1.0 if position in (reducers or range(count)) else 0.0 for position in range(count)])
 
 
 def encoded(position: int) -> list[bytes]:
@@ -67,17 +78,6 @@ def mean_of(index: int, positions: list[int], members: Members) -> bytes:
     size = LAYOUT.part_size(index)
     parts = {position: LAYOUT.codec.decode(encoded(position)[index], size) for position in positions}
     return LAYOUT.codec.encode(weighted_mean(parts, members.weights))
-
-
-@pytest.mark.parametrize("parts", [1, 2, 3, 7, 100])
-@pytest.mark.parametrize("reducers", [(0,), (0, 1, 2, 3), (1, 3), (3,)])
-def test_the_shares_of_the_reducers_are_all_parts_once(parts: int, reducers: tuple[int, ...]) -> None:
-    members = members_of(4, reducers)
-    shares = [members.share(position, parts) for position in range(4)]
-    assert sorted(index for share in shares for index in share) == list(range(parts))
-    assert all(len(shares[position]) == 0 for position in range(4) if position not in reducers)
-    lengths = [len(shares[position]) for position in reducers]
-    assert max(lengths) - min(lengths) <= 1
 
 
 def test_a_member_has_a_position_and_a_stranger_has_none() -> None:
@@ -92,14 +92,16 @@ class Bench:
 
     def __init__(self, members: Members, indices: range) -> None:
         self.members = members
-        self.reducer = PartReducer(members, LAYOUT, indices, set(range(len(members.claims))))
+        self.kept: dict[int, bytes] = {}
+        self.reducer = PartReducer(members, LAYOUT, indices, set(range(len(members.claims))), self.kept.__setitem__)
 
     def submit(self, position: int, index: int) -> None:
         self.reducer.submit(position, index, encoded(position)[index])
 
-    async def result(self, index: int) -> Reduced:
+    async def result(self, index: int) -> tuple[bytes, PartReceipt]:
         async with asyncio.timeout(10):
-            return await asyncio.shield(self.reducer.results[index])
+            receipt = await asyncio.shield(self.reducer.results[index])
+        return self.kept[index], receipt
 
     def waits(self, index: int) -> bool:
         return index not in self.reducer._started
@@ -118,9 +120,9 @@ def test_a_part_is_reduced_once_all_have_sent_it() -> None:
             bench.submit(position, 1)
             assert bench.waits(1)
         bench.submit(1, 1)
-        result = await bench.result(1)
-        assert result.data == mean_of(1, [0, 1, 2], bench.members)
-        assert result.receipt == PartReceipt(1, (0, 1, 2), blob_digest(result.data))
+        data, receipt = await bench.result(1)
+        assert data == mean_of(1, [0, 1, 2], bench.members)
+        assert receipt == PartReceipt(1, (0, 1, 2), blob_digest(data))
         assert bench.waits(0)
 
     on_the_bench(story)
@@ -133,7 +135,7 @@ def test_the_order_of_arrival_does_not_change_a_bit() -> None:
         async def story(bench: Bench, order: tuple[int, ...] = order) -> None:
             for position in order:
                 bench.submit(position, 0)
-            results.add((await bench.result(0)).data)
+            results.add((await bench.result(0))[0])
 
         on_the_bench(story)
     assert len(results) == 1
@@ -144,9 +146,9 @@ def test_a_dropped_sender_is_waited_for_no_longer_and_the_rest_share_its_weight(
         bench.submit(0, 1)
         bench.submit(2, 1)
         bench.reducer.drop(1)
-        result = await bench.result(1)
-        assert result.data == mean_of(1, [0, 2], bench.members)
-        assert result.receipt.senders == (0, 2)
+        data, receipt = await bench.result(1)
+        assert data == mean_of(1, [0, 2], bench.members)
+        assert receipt.senders == (0, 2)
 
     on_the_bench(story)
 
@@ -158,9 +160,9 @@ def test_what_a_dropped_sender_did_send_still_counts() -> None:
         for index in (0, 1):
             bench.submit(0, index)
             bench.submit(2, index)
-        assert (await bench.result(0)).receipt.senders == (0, 1, 2)
-        assert (await bench.result(1)).receipt.senders == (0, 2)
-        assert (await bench.result(0)).data == mean_of(0, [0, 1, 2], bench.members)
+        assert (await bench.result(0))[1].senders == (0, 1, 2)
+        assert (await bench.result(1))[1].senders == (0, 2)
+        assert (await bench.result(0))[0] == mean_of(0, [0, 1, 2], bench.members)
 
     on_the_bench(story)
 
@@ -169,9 +171,9 @@ def test_the_last_part_of_a_share_may_be_smaller() -> None:
     async def story(bench: Bench) -> None:
         for position in range(3):
             bench.submit(position, PARTS - 1)
-        result = await bench.result(PARTS - 1)
-        assert len(result.data) == LAYOUT.part_bytes(PARTS - 1) == 4 * 88
-        assert result.data == mean_of(PARTS - 1, [0, 1, 2], bench.members)
+        data, _ = await bench.result(PARTS - 1)
+        assert len(data) == LAYOUT.part_bytes(PARTS - 1) == 4 * 88
+        assert data == mean_of(PARTS - 1, [0, 1, 2], bench.members)
 
     on_the_bench(story)
 
@@ -182,7 +184,7 @@ def test_dropping_everybody_else_leaves_our_own_part() -> None:
         bench.reducer.drop(1)
         bench.reducer.drop(2)
         bench.reducer.drop(2)
-        assert (await bench.result(0)).data == encoded(0)[0]
+        assert (await bench.result(0))[0] == encoded(0)[0]
 
     on_the_bench(story)
 
@@ -193,7 +195,7 @@ def test_a_part_that_nobody_sent_is_not_reduced_to_nothing() -> None:
             bench.reducer.drop(position)
         assert bench.waits(0)
         bench.submit(1, 0)
-        assert (await bench.result(0)).receipt.senders == (1,)
+        assert (await bench.result(0))[1].senders == (1,)
 
     on_the_bench(story)
 
@@ -206,7 +208,7 @@ def test_what_comes_twice_or_late_changes_no_result() -> None:
         bench.submit(1, 0)
         bench.reducer.drop(2)
         first = await bench.result(0)
-        assert first.receipt.senders == (0, 1)
+        assert first[1].senders == (0, 1)
         for position in (0, 2):
             bench.submit(position, 0)
         assert await bench.result(0) == first
@@ -227,7 +229,7 @@ def test_what_comes_late_is_not_kept() -> None:
 
 
 def gathered(claim: Signed[Claim], /, **changes: Any) -> bytes:
-    return pack({"claim": claim.pack(), "reduces": True, **changes})
+    return pack({"claim": claim.pack(), "reduces": True, "rates": {}, "failed": (), **changes})
 
 
 def group_of(members: Members, reduces: tuple[bool, ...] | None = None) -> Group:
@@ -241,30 +243,31 @@ def group_of(members: Members, reduces: tuple[bool, ...] | None = None) -> Group
 
 def test_a_group_of_valid_claims_becomes_members_in_its_order() -> None:
     members = members_of(3)
-    assert _check_group(group_of(members), VIEW, members.claims[1]) == members
-    some = _check_group(group_of(members, (True, False, True)), VIEW, members.claims[1])
+    checked = check_group(group_of(members), VIEW, members.claims[1])
+    assert checked == dataclasses.replace(members, group=group_id(group_of(members)))
+    some = check_group(group_of(members, (True, False, True)), VIEW, members.claims[1])
     assert some.reducers == (0, 2)
 
 
 def test_a_peer_alone_reduces_even_in_client_mode() -> None:
     members = members_of(1)
-    assert _check_group(group_of(members, (False,)), VIEW, members.claims[0]).reducers == (0,)
+    assert check_group(group_of(members, (False,)), VIEW, members.claims[0]).reducers == (0,)
 
 
 def test_a_group_in_which_nobody_can_be_reached_cannot_average() -> None:
     members = members_of(2)
     with pytest.raises(TransportError, match="client mode"):
-        _check_group(group_of(members, (False, False)), VIEW, members.claims[0])
+        check_group(group_of(members, (False, False)), VIEW, members.claims[0])
 
 
 def test_a_group_without_our_claim_is_refused() -> None:
     members = members_of(3)
     ours = seal(make_identity(9), make_claim(make_identity(9), MANIFEST, STATE))
     with pytest.raises(Reject, match="lacks this peer's claim"):
-        _check_group(group_of(members), VIEW, ours)
+        check_group(group_of(members), VIEW, ours)
     other = seal(make_identity(1), make_claim(make_identity(1), MANIFEST, STATE, segments=1))
     with pytest.raises(Reject, match="lacks this peer's claim"):
-        _check_group(group_of(members), VIEW, other)
+        check_group(group_of(members), VIEW, other)
 
 
 def test_a_group_that_names_a_peer_twice_or_lacks_a_claim_is_refused() -> None:
@@ -274,7 +277,7 @@ def test_a_group_that_names_a_peer_twice_or_lacks_a_claim_is_refused() -> None:
     short = Group(GROUP, group.peers, group.gathered[:1])
     for malformed in (twice, short):
         with pytest.raises(Reject, match="malformed"):
-            _check_group(malformed, VIEW, members.claims[0])
+            check_group(malformed, VIEW, members.claims[0])
 
 
 def test_a_group_with_one_bad_claim_is_refused() -> None:
@@ -291,14 +294,14 @@ def test_a_group_with_one_bad_claim_is_refused() -> None:
         )
         group = Group(GROUP, tuple(w.peer for w in who), tuple(map(gathered, claims)))
         with pytest.raises(error):
-            _check_group(group, VIEW, claims[0])
+            check_group(group, VIEW, claims[0])
 
 
 def test_what_a_stranger_brings_is_a_claim_of_its_own_or_refused() -> None:
     claim = members_of(1).claims[0]
     peer = claim.message.peer
-    assert _check_gathered(peer, gathered(claim), VIEW) == (claim, True)
-    assert _check_gathered(peer, gathered(claim, reduces=False), VIEW) == (claim, False)
+    assert check_gathered(peer, gathered(claim), VIEW) == Brought(claim, True)
+    assert check_gathered(peer, gathered(claim, reduces=False), VIEW) == Brought(claim, False)
     for brought in (
         b"",
         b"\xc1",
@@ -306,18 +309,27 @@ def test_what_a_stranger_brings_is_a_claim_of_its_own_or_refused() -> None:
         pack((claim.pack(), True)),
         pack({}),
         pack({"claim": claim.pack()}),
+        pack({"claim": claim.pack(), "reduces": True}),
+        gathered(claim, more=1),
+        gathered(claim, rates=None),
+        gathered(claim, rates={"someone": 1.5}),
+        gathered(claim, rates={"someone": 0}),
+        gathered(claim, rates={"someone": True}),
+        gathered(claim, rates={"someone": 1 << 41}),
+        gathered(claim, failed="all"),
+        gathered(claim, failed=(1,)),
         gathered(claim, reduces=1),
         gathered(claim, reduces=None),
         gathered(claim, claim=None),
         gathered(claim, claim="text"),
         gathered(claim, claim=claim.pack()[:-1]),
         gathered(claim) + b"\x00",
-        bytes(10_000),
+        bytes(20_000),
     ):
         with pytest.raises(Reject):
-            _check_gathered(peer, brought, VIEW)
+            check_gathered(peer, brought, VIEW)
     with pytest.raises(Reject, match="brought the claim of"):
-        _check_gathered(make_identity(2).peer, gathered(claim), VIEW)
+        check_gathered(make_identity(2).peer, gathered(claim), VIEW)
 
 
 class Swarm:
@@ -336,8 +348,13 @@ class Swarm:
         self.services[position] = service
 
     async def average(self, position: int) -> tuple[list[bytes], list[Signed[Receipt]]]:
-        parts = [memoryview(part) for part in encoded(position)]
-        return await self.services[position]._run(self.members, LAYOUT, parts, part_digests(parts), VIEW)
+        service, host, parts = self.services[position], self.hosts[position], encoded(position)
+        path = host.store.find(host.store.put("delta", b"".join(parts)))
+        assert path is not None
+        delta = PartFile(path, LAYOUT)
+        session = await service._open(self.members, LAYOUT, VIEW, delta, tuple(part_digests(parts)))
+        receipts = await service._run(session)
+        return [session.average.read(index) for index in range(PARTS)], receipts
 
     async def average_all(self) -> list[tuple[list[bytes], list[Signed[Receipt]]]]:
         async with asyncio.timeout(20):
@@ -351,9 +368,9 @@ class Swarm:
         async with self.hosts[cheat].open(self.hosts[to].peer, "reduce") as stream:
             await stream.send(opening or {"group": GROUP, "digests": stated})
             await stream.receive()
-            for index in self.members.share(to, PARTS):
+            for index in self.members.shares[to]:
                 await stream.send_frame(parts[index])
-            for index in self.members.share(to, PARTS):
+            for index in self.members.shares[to]:
                 data = await stream.receive_frame(LAYOUT.part_bytes(index))
                 if len(data) != LAYOUT.part_bytes(index):
                     raise TransportError(unpack(data, len(data))["error"])
@@ -403,7 +420,7 @@ def test_members_end_with_the_same_bytes_and_the_same_receipts(
         _, receipts = outcomes[0]
         assert in_every_part(tuple(receipts)) == tuple(range(count))
         assert {swarm.members.position(r.message.peer) for r in receipts} == {
-            position for position in reducers if len(swarm.members.share(position, PARTS))
+            position for position in reducers if len(swarm.members.shares[position])
         }
 
     in_a_swarm(tmp_path, story, count, reducers)
@@ -423,7 +440,7 @@ def test_the_average_is_the_weighted_mean_of_the_deltas(tmp_path: Path) -> None:
 
 
 def test_a_member_that_never_comes_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SENDER_SECONDS", 1.5)
+    monkeypatch.setattr(module, "JOIN_SECONDS", 1.5)
 
     async def story(swarm: Swarm) -> None:
         for position in (0, 1):
@@ -501,7 +518,7 @@ def test_one_member_that_committed_to_values_that_are_not_finite_does_not_spoil_
     async def story(swarm: Swarm) -> None:
         honest = swarm.members.claims[:2]
         claim = seal(cheat, make_claim(cheat, MANIFEST, STATE, delta_root=root))
-        swarm.members = Members(GROUP, (*honest, claim), (0, 1), swarm.members.weights)
+        swarm.members = dataclasses.replace(swarm.members, claims=(*honest, claim))
         outcomes, _ = await with_a_cheat(swarm, lambda to: swarm.send(2, to, poisoned))
         results = {b"".join(results) for results, _ in outcomes}
         assert len(results) == 1
@@ -517,7 +534,7 @@ def test_a_member_that_hangs_up_halfway_is_in_the_parts_that_it_sent(tmp_path: P
             async with swarm.hosts[2].open(swarm.hosts[to].peer, "reduce") as stream:
                 await stream.send({"group": GROUP, "digests": tuple(part_digests(parts))})
                 await stream.receive()
-                await stream.send_frame(parts[swarm.members.share(to, PARTS)[0]])
+                await stream.send_frame(parts[swarm.members.shares[to][0]])
 
         outcomes, _ = await with_a_cheat(swarm, send_one)
         check_outcome(swarm, outcomes, {2: [0, 1]})
@@ -567,7 +584,7 @@ def test_a_stranger_is_refused_and_does_not_disturb(tmp_path: Path) -> None:
 def test_a_group_that_nobody_here_knows_is_waited_for_and_then_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SENDER_SECONDS", 0.05)
+    monkeypatch.setattr(module, "JOIN_SECONDS", 0.05)
 
     async def story(swarm: Swarm) -> None:
         await swarm.join(0)
@@ -609,7 +626,7 @@ async def reduce_in_own_way(
     async def handler(stream: Any) -> None:
         await stream.receive()
         await stream.send({"ok": True})
-        share = swarm.members.share(position, PARTS)
+        share = swarm.members.shares[position]
         parts = {index: await stream.receive_frame(LAYOUT.part_bytes(index)) for index in share}
         await answer(stream, parts)
 
@@ -682,6 +699,179 @@ def test_a_result_that_cannot_be_decoded_is_refused_where_it_is_received(
     in_a_swarm(tmp_path, story, 2, (1,))
 
 
+async def serve_once(swarm: Swarm, position: int, receipts: list[Any], lucky: int | None = None) -> None:
+    """Make a member a reducer that answers one member (or all) in full and hangs up on the others.
+
+    Args:
+        receipts: results and receipt for each member in the order in which they come.
+        lucky: the member that is answered; None for all.
+    """
+    answers = iter(receipts)
+
+    async def handler(stream: Any) -> None:
+        await stream.receive()
+        await stream.send({"ok": True})
+        share = swarm.members.shares[position]
+        for index in share:
+            await stream.receive_frame(LAYOUT.part_bytes(index))
+        if lucky is not None and stream.peer != swarm.hosts[lucky].peer:
+            raise TransportError("the power is cut")
+        results, receipt = next(answers)
+        for index in share:
+            await stream.send_frame(results[index])
+        await stream.send_frame(receipt.pack())
+
+    await swarm.hosts[position].serve("reduce", handler)
+
+
+def signed_results(swarm: Swarm, position: int, change: bytes = b"") -> tuple[dict[int, bytes], Signed[Receipt]]:
+    who = make_identity(position + 1)
+    everybody = list(range(len(swarm.members.claims)))
+    results = {index: mean_of(index, everybody, swarm.members) for index in swarm.members.shares[position]}
+    results = {index: change + data[len(change) :] for index, data in results.items()}
+    return results, seal(who, make_receipt(who, STATE, swarm.members.claims, results))
+
+
+@pytest.mark.parametrize("lucky", [0, 1])
+def test_the_results_of_a_reducer_that_dies_come_from_a_member_that_has_them(tmp_path: Path, lucky: int) -> None:
+    async def story(swarm: Swarm) -> None:
+        for position in (0, 1):
+            await swarm.join(position)
+        await serve_once(swarm, 2, [signed_results(swarm, 2)], lucky)
+        for to in (0, 1):
+            asyncio.get_running_loop().create_task(swarm.send(2, to, encoded(2)))
+        check_outcome(swarm, await swarm.average_all())
+        told = [event["reason"] for event in swarm.network.events if event["event"] == "warning"]
+        assert len(told) == 1
+        assert "the power is cut" in told[0]
+        assert "its results came from" in told[0]
+
+    in_a_swarm(tmp_path, story)
+
+
+def test_results_that_nobody_has_fail_the_attempt_and_the_reducer_is_named_to_the_next_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "JOIN_SECONDS", 1.0)
+
+    async def story(swarm: Swarm) -> None:
+        for position in (0, 1):
+            await swarm.join(position)
+        await serve_once(swarm, 2, [], lucky=2)
+        async with asyncio.timeout(20):
+            outcomes = await asyncio.gather(swarm.average(0), swarm.average(1), return_exceptions=True)
+        assert all(isinstance(outcome, TransportError) and "the power is cut" in str(outcome) for outcome in outcomes)
+        assert all(swarm.services[position]._failed[1] == {swarm.hosts[2].peer} for position in (0, 1))
+
+    in_a_swarm(tmp_path, story)
+
+
+def test_results_from_another_member_that_the_receipt_does_not_state_are_refused(tmp_path: Path) -> None:
+    async def story(swarm: Swarm) -> None:
+        await swarm.join(0)
+        results, receipt = signed_results(swarm, 2)
+
+        async def lie(stream: Any) -> None:
+            await stream.receive()
+            await stream.send_frame(receipt.pack())
+            for data in results.values():
+                await stream.send_frame(b"\x00\x00\x00\x01" + data[4:])
+
+        await reduce_in_own_way(swarm, 2, lambda _stream, _parts: _raise(TransportError("the power is cut")))
+        await swarm.hosts[1].serve("results", lie)
+        with pytest.raises(TransportError, match="the power is cut"):
+            await swarm.average(0)
+
+    in_a_swarm(tmp_path, story, 3, (0, 2))
+
+
+async def _raise(error: Exception) -> None:
+    raise error
+
+
+def test_two_receipts_for_one_part_are_proof_against_their_reducer(tmp_path: Path) -> None:
+    async def story(swarm: Swarm) -> None:
+        for position in (0, 1):
+            await swarm.join(position)
+        await serve_once(swarm, 2, [signed_results(swarm, 2), signed_results(swarm, 2, b"\x00\x00\x00\x00")])
+        for to in (0, 1):
+            asyncio.get_running_loop().create_task(swarm.send(2, to, encoded(2)))
+        outcomes = await swarm.average_all()
+        assert len({b"".join(results) for results, _ in outcomes}) == 2, "nobody can tell by itself"
+        for position in (0, 1):
+            answer = await swarm.hosts[position].calls["receipts"]({"group": GROUP})
+            theirs = [unseal(data, Receipt, MAX_RECEIPT_BYTES) for data in answer["receipts"]]
+            ours = outcomes[position][1]
+            (proof,) = [Conflict(one, other) for one in ours for other in theirs if contradict(one, other)]
+            assert Conflict.unpack(proof.pack()).peer == swarm.hosts[2].peer
+
+    in_a_swarm(tmp_path, story)
+
+
+def test_receipts_of_honest_members_agree(tmp_path: Path) -> None:
+    async def story(swarm: Swarm) -> None:
+        for position in range(3):
+            await swarm.join(position)
+        (_, ours), *_ = await swarm.average_all()
+        answer = await swarm.hosts[0].calls["receipts"]({"group": GROUP})
+        assert sorted(answer["receipts"]) == sorted(receipt.pack() for receipt in ours)
+        with pytest.raises(TransportError, match="kept no longer"):
+            await swarm.hosts[0].calls["receipts"]({"group": bytes(32)})
+
+    in_a_swarm(tmp_path, story)
+
+
+def test_a_fast_sender_is_held_back_while_a_slow_one_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reducer_module, "AHEAD_BYTES", 1)  # so two parts
+
+    async def story(bench: Bench) -> None:
+        for index in (0, 1):
+            await bench.reducer.room(index)
+            for position in (0, 1):
+                bench.submit(position, index)
+        waiting = asyncio.create_task(bench.reducer.room(2))
+        done, _ = await asyncio.wait({waiting}, timeout=0.2)
+        assert not done
+        bench.submit(2, 0)
+        await asyncio.wait_for(waiting, 10)
+
+    on_the_bench(story)
+
+
+def test_a_member_that_failed_some_member_before_does_not_reduce_again() -> None:
+    members = members_of(4)
+    group = group_of(members)
+    named = gathered(members.claims[0], failed=(group.peers[3], group.peers[2]))
+    checked = check_group(dataclasses.replace(group, gathered=(named, *group.gathered[1:])), VIEW, members.claims[0])
+    assert checked.reducers == (0, 1, 2), "each member may name a quarter of the others, here one"
+    alone = gathered(members.claims[0], failed=(group.peers[1],), reduces=False)
+    pair = Group(GROUP, group.peers[:2], (alone, group.gathered[1]))
+    assert check_group(pair, VIEW, members.claims[0]).reducers == (1,), "somebody must"
+
+
+def test_shares_follow_what_members_measured() -> None:
+    members = members_of(3)
+    group = group_of(members)
+    rates = dict(zip(group.peers, (100, 100, 1), strict=True))
+    slow = tuple(gathered(claim, rates=rates) for claim in members.claims)
+    checked = check_group(dataclasses.replace(group, gathered=slow), VIEW, members.claims[0])
+    assert len(checked.shares[2]) < len(checked.shares[0])
+
+
+def test_a_group_told_in_two_ways_has_two_names() -> None:
+    members = members_of(3)
+    group = group_of(members)
+    other = dataclasses.replace(group, peers=group.peers[:2], gathered=group.gathered[:2])
+    assert group_id(group) != group_id(other)
+
+
+def test_a_shunned_peer_is_not_averaged_with() -> None:
+    members = members_of(2)
+    group = group_of(members)
+    with pytest.raises(Reject, match="cheated in this round"):
+        check_group(group, VIEW, members.claims[0], {group.peers[1]})
+
+
 def test_the_reason_of_a_reducer_that_gives_up_is_told(tmp_path: Path) -> None:
     async def answer(stream: Any, _parts: dict[int, bytes]) -> None:
         raise TransportError("the disk is full")
@@ -712,6 +902,7 @@ def call_of(host: Host, claim: Signed[Claim], delta: bytes) -> dict[str, Any]:
         "claim": claim.pack(),
         "delta": host.store.put("delta", delta),
         "expected": (host.peer,),
+        "shunned": (),
         "min_size": 1,
         "window": 1.0,
         "timeout": 1.0,
