@@ -28,6 +28,12 @@ def _training(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return [asdict(row) for row in measure(arguments.steps, arguments.batch, arguments.turns)]
 
 
+def _streaming(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from benchmarks.streaming import measure
+
+    return [asdict(row) for row in measure(arguments.values, arguments.peers, arguments.codecs)]
+
+
 def _swarm(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from benchmarks.swarm import measure
 
@@ -62,6 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     training.add_argument("--batch", type=int, default=16)
     training.add_argument("--turns", type=int, default=8)
     training.set_defaults(run=_training, title="training, beside transformers in the same run")
+
+    streaming = kinds.add_parser("streaming", help="memory that a large student's delta takes beyond the model")
+    streaming.add_argument("--values", type=int, default=300_000_000)
+    streaming.add_argument("--peers", type=int, default=2)
+    streaming.add_argument("--codecs", nargs="+", default=["int8"], choices=["float32", "float16", "int8", "int4"])
+    streaming.set_defaults(run=_streaming, title="a delta through a round: megabytes beyond the model")
 
     swarm = kinds.add_parser("swarm", help="time to the first step, share of time training, bytes a round")
     swarm.add_argument("--peers", type=int, nargs="+", default=[1, 2, 4])

@@ -55,7 +55,7 @@ def measure(peers: int, codecs: list[str], rounds: int) -> list[Row]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="p2pasr-bench-")))
         swarms: list[_Hivemind | _Ours] = [stack.enter_context(_hivemind(peers))]
-        swarms += [stack.enter_context(_ours(peers, codec, folder / codec)) for codec in codecs]
+        swarms += [stack.enter_context(swarm_of(peers, codec, folder / codec)) for codec in codecs]
         tallies = [_Tally(swarm) for swarm in swarms]
         for number in range(rounds + WARM_UP_ROUNDS):
             deltas = _deltas(peers, number)
@@ -108,7 +108,7 @@ class _Ours:
 
     def prepare(self, deltas: list[np.ndarray], number: int) -> Callable[[], None]:
         """Commit to the deltas, as training processes do before anybody looks for a group."""
-        calls = [self._call(index, delta, number) for index, delta in enumerate(deltas)]
+        calls = [self._commit(index, delta, number) for index, delta in enumerate(deltas)]
 
         def run() -> None:
             with ThreadPoolExecutor(len(calls)) as pool:
@@ -122,9 +122,14 @@ class _Ours:
         layout = Layout.of(VALUES, self.manifest.averaging)
         return [layout.decode(store.get(average)) for store, average in zip(self.stores, self.averages, strict=True)]
 
-    def _call(self, index: int, delta: np.ndarray, number: int) -> dict[str, Any]:
+    def _commit(self, index: int, delta: np.ndarray, number: int) -> dict[str, Any]:
+        parts = Layout.of(VALUES, self.manifest.averaging).encode(delta)
+        blob = self.stores[index].put("delta", *parts)
+        return self.call(index, number, blob, part_digests(parts), float(np.linalg.norm(delta)))
+
+    def call(self, index: int, number: int, delta: bytes, digests: list[bytes], length: float) -> dict[str, Any]:
+        """The arguments of `average` for a delta that one of the peers committed to."""
         manifest, identity = self.manifest, self.identities[index]
-        parts = Layout.of(VALUES, manifest.averaging).encode(delta)
         steps = manifest.rounds.segments * manifest.rounds.steps_per_segment
         claim = Claim(
             run=manifest.run_id,
@@ -136,8 +141,8 @@ class _Ours:
             steps=steps,
             samples=steps * manifest.rounds.samples_per_step,
             trace_root=STATE,
-            delta_root=Tree("delta", manifest.run_id, number, identity.peer).root(part_digests(parts)),
-            delta_norm=float(np.linalg.norm(delta)),
+            delta_root=Tree("delta", manifest.run_id, number, identity.peer).root(digests),
+            delta_norm=length,
             loss_before=1.0,
             loss_after=1.0,
             hardware="benchmark",
@@ -147,7 +152,7 @@ class _Ours:
             "state": STATE,
             "covered": {},
             "claim": seal(identity, claim).pack(),
-            "delta": self.stores[index].put("delta", b"".join(parts)),
+            "delta": delta,
             "expected": [identity.peer for identity in self.identities],
             "shunned": (),
             "min_size": len(self.links),
@@ -157,7 +162,8 @@ class _Ours:
 
 
 @contextlib.contextmanager
-def _ours(peers: int, codec: str, folder: Path) -> Iterator[_Ours]:
+def swarm_of(peers: int, codec: str, folder: Path, values: int = VALUES) -> Iterator[_Ours]:
+    """Network processes of peers that know a run with so many trained values."""
     manifest = RunManifest.model_validate(
         {
             "name": "averaging benchmark",
@@ -166,7 +172,7 @@ def _ours(peers: int, codec: str, folder: Path) -> Iterator[_Ours]:
             "averaging": {"codec": codec},
             "shards": ({"digest": "ab" * 32, "bytes": 1, "clips": 1, "seconds": 60.0, "dialect": "yue"},),
             "initial": "00" * 32,
-            "parameters": VALUES,
+            "parameters": values,
         }
     )
     swarm = _Ours(codec, manifest, [], [], [])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import sqrt
 from pathlib import Path
 from typing import Final
 
@@ -16,8 +17,10 @@ import numpy as np
 
 from p2pasr import __version__
 from p2pasr.averaging import outer
-from p2pasr.averaging.codec import Layout, flatten, unflatten
-from p2pasr.averaging.merkle import Tree, part_digests
+from p2pasr.averaging.codec import Decoded, Flat, Layout
+from p2pasr.averaging.merkle import Tree
+from p2pasr.averaging.partfile import PartFile
+from p2pasr.averaging.rules import norm
 from p2pasr.errors import LocalError, NonFiniteStep, Reject, RemoteError, RoundFailed, TransportError
 from p2pasr.peers import sync as syncing
 from p2pasr.peers.blobs import BlobStore, file_digest
@@ -28,6 +31,7 @@ from p2pasr.peers.records import Records
 from p2pasr.peers.streams import patience
 from p2pasr.protocol.agreement import Agreement, quorum
 from p2pasr.protocol.assignment import assign, segment_seed
+from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import (
     MAX_ANCESTORS,
@@ -308,7 +312,7 @@ def electorate(member: Member, votes: Sequence[Attestation]) -> set[str]:
 
 def hold(member: Member, state: State) -> None:
     """Make a state ours, on disk first."""
-    member.store.put("state", state.blob)
+    member.store.put("state", *state.pieces)
     member.journal.hold(state.round, state.digest)
     member.lineage = member.line_to(state)
     member.state = state
@@ -437,7 +441,7 @@ def train(member: Member, shards: Sequence[bytes]) -> tuple[Checkpoint, Trace, l
             member.report.warn(f"round {member.state.round} is left out: {error}")
             wait_for_next_round(member)
             return None
-        trace.add(now.pack())
+        trace.add(*now.pieces)
         losses.append(report.loss)
         seconds = time.time() - started
         member.report.emit(
@@ -504,9 +508,7 @@ def _progress(member: Member, segment: int) -> OnStep:
 def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Trace, losses: Sequence[float]) -> Work:
     """Encode the delta, commit to its parts and to the trace, write the claim down, publish it."""
     member.step("commit", f"round {member.state.round}: committing to the delta")
-    vector = flatten(end.params) - flatten(member.state.params)
-    parts = Layout.of(member.manifest.parameters, member.manifest.averaging).encode(vector)
-    delta = member.store.put("delta", b"".join(parts))
+    delta, digests, length = write_delta(member, end)
     rounds = member.manifest.rounds
     steps = len(losses) * rounds.steps_per_segment
     claim = seal(
@@ -521,8 +523,8 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
             steps=steps,
             samples=steps * rounds.samples_per_step,
             trace_root=trace.root,
-            delta_root=Tree("delta", member.state.run, member.state.round, member.peer).root(part_digests(parts)),
-            delta_norm=float(np.linalg.norm(vector.astype(np.float64))),
+            delta_root=Tree("delta", member.state.run, member.state.round, member.peer).root(digests),
+            delta_norm=length,
             loss_before=losses[0],
             loss_after=losses[-1],
             hardware=member.task.hardware_class[:128],
@@ -532,6 +534,33 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
     member.journal.pend(Pending(member.state.round, member.state.digest, claim.pack(), delta, work.checkpoints))
     publish_claim(member, work)
     return work
+
+
+def write_delta(member: Member, end: Checkpoint) -> tuple[bytes, list[bytes], float]:
+    """Encode what training changed into a blob, part by part.
+
+    Returns:
+        The blob's digest, those of its parts, and the L2 norm of the delta before it was encoded.
+    """
+    layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
+    before, after = Flat(member.state.params), Flat(end.params)
+    digests: list[bytes] = []
+    squares = 0.0
+    member.store.make_room(layout.total_bytes)
+    path = member.store.scratch("delta")
+    try:
+        with PartFile(path, layout) as file:
+            for index, cut in enumerate(layout.cuts()):
+                vector = after[cut] - before[cut]
+                encoded = layout.codec.encode(vector)
+                file.write(index, encoded)
+                digests.append(blob_digest(encoded))
+                squares += norm(vector) ** 2
+        delta = file_digest(path)
+        member.store.commit(path, delta, "delta")
+    finally:
+        path.unlink(missing_ok=True)
+    return delta, digests, sqrt(squares)
 
 
 def resume(member: Member) -> Work | None:
@@ -633,8 +662,8 @@ def apply(member: Member, work: Work, merged: Merged, expected: set[str]) -> Res
     """
     member.step("apply", f"round {member.state.round}: applying the average of {len(merged.members)} peers")
     layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
-    vector = layout.decode(member.store.get(merged.average))
-    delta, section = unflatten(vector, member.like), member.manifest.averaging.outer
+    delta = Decoded(member.store.get(merged.average), layout, member.like)
+    section = member.manifest.averaging.outer
     params, moments = outer.step(member.state.params, member.state.moments, delta, section, member.state.round)
     if not all(np.isfinite(value).all() for value in (*params.values(), *moments.values())):
         raise Reject("the average moves the parameters beyond what float32 holds")
@@ -658,7 +687,7 @@ def attest(member: Member, result: Result) -> tuple[Signed[Attestation], ...]:
     """
     after = result.after
     member.step("attest", f"round {member.state.round}: attesting state {after.digest.hex()[:8]}")
-    member.store.put("state", after.blob)
+    member.store.put("state", *after.pieces)
     publish_attestation(member, after)
     member.unsettled = result
     deadline = time.monotonic() + QUORUM_SECONDS

@@ -6,8 +6,11 @@ of `part_values`. Each part is encoded by itself, so it can be hashed, sent and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -15,7 +18,6 @@ import numpy.typing as npt
 
 from p2pasr.errors import Reject
 from p2pasr.protocol.manifest import AveragingSection
-from p2pasr.protocol.tensors import Tensors
 
 Vector = npt.NDArray[np.float32]
 """Shape (values,), float32, C-contiguous."""
@@ -147,12 +149,15 @@ class Layout:
         """Bytes of an encoded delta."""
         return self.offset(self.parts - 1) + self.part_bytes(self.parts - 1)
 
+    def cuts(self) -> Iterator[slice]:
+        """Which values each part holds."""
+        return (slice(at, min(at + self.part_values, self.values)) for at in range(0, self.values, self.part_values))
+
     def encode(self, vector: Vector) -> list[bytes]:
         """The encoded parts of a delta."""
         if vector.shape != (self.values,):
             raise ValueError(f"a delta of {self.values} values has the shape {vector.shape}")
-        cuts = range(0, self.values, self.part_values)
-        return [self.codec.encode(vector[cut : cut + self.part_values]) for cut in cuts]
+        return [self.codec.encode(vector[cut]) for cut in self.cuts()]
 
     def cut(self, data: bytes | memoryview) -> list[memoryview]:
         """The encoded parts of an encoded delta.
@@ -175,22 +180,78 @@ class Layout:
         return np.concatenate([self.codec.decode(part, self.part_size(i)) for i, part in enumerate(parts)])
 
 
-def flatten(params: Mapping[str, npt.NDArray[Any]]) -> Vector:
-    """Named float32 arrays as one vector, in ascending order of their names."""
-    return np.concatenate([np.asarray(params[name], dtype=np.float32).reshape(-1) for name in sorted(params)])
+class Flat:
+    """Named float32 arrays as one vector, in ascending order of their names; only what is sliced is copied.
+
+    Args:
+        params: the arrays.
+    """
+
+    def __init__(self, params: Mapping[str, npt.NDArray[Any]]) -> None:
+        self._arrays = [np.asarray(params[name], dtype=np.float32).reshape(-1) for name in sorted(params)]
+        self._starts = [0, *accumulate(map(len, self._arrays))]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, cut: slice) -> Vector:
+        """A slice of step 1, as a new array."""
+        start, stop, _ = cut.indices(len(self))
+        first = max(0, bisect_right(self._starts, start) - 1)
+        pieces = []
+        for array, offset in zip(self._arrays[first:], self._starts[first:], strict=False):
+            if offset >= stop:
+                break
+            pieces.append(array[max(0, start - offset) : stop - offset])
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.float32)
 
 
-def unflatten(vector: Vector, like: Mapping[str, npt.NDArray[Any]]) -> Tensors:
-    """The inverse of :func:`flatten`; names and shapes are those of `like`."""
-    out: Tensors = {}
-    offset = 0
-    for name in sorted(like):
-        size = like[name].size
-        out[name] = vector[offset : offset + size].reshape(like[name].shape)
-        offset += size
-    if offset != len(vector):
-        raise ValueError(f"{len(vector)} values do not fit parameters of {offset}")
-    return out
+class Decoded(Mapping[str, npt.NDArray[np.float32]]):
+    """An encoded delta as named arrays, each decoded when it is asked for; the inverse of :class:`Flat`.
+
+    Args:
+        data: the encoded delta.
+        layout: how it is cut up.
+        like: arrays with the names and shapes of the parameters.
+
+    Raises:
+        Reject: the length does not fit.
+        ValueError: `like` has another number of values than the layout.
+    """
+
+    def __init__(self, data: bytes | memoryview, layout: Layout, like: Mapping[str, npt.NDArray[Any]]) -> None:
+        self._parts = layout.cut(data)
+        self._layout = layout
+        self._shapes = {name: like[name].shape for name in like}
+        self._starts: dict[str, int] = {}
+        offset = 0
+        for name in sorted(like):
+            self._starts[name] = offset
+            offset += like[name].size
+        if offset != layout.values:
+            raise ValueError(f"{layout.values} values do not fit parameters of {offset}")
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
+        """One array.
+
+        Raises:
+            KeyError: there is none of that name.
+            Reject: a value in the parts that hold it is not finite.
+        """
+        start, shape = self._starts[name], self._shapes[name]
+        out = np.empty(prod(shape), dtype=np.float32)
+        size, stop = self._layout.part_values, start + len(out)
+        for index in range(start // size, -(-stop // size)):
+            part = self._layout.codec.decode(self._parts[index], self._layout.part_size(index))
+            first, last = max(start, index * size), min(stop, index * size + len(part))
+            out[first - start : last - start] = part[first - index * size : last - index * size]
+        return out.reshape(shape)
 
 
 def _pack_halves(quotients: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:

@@ -6,6 +6,7 @@ and give the same bits on every machine, which fused operations and reordered re
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import sqrt
 from typing import Any
 
@@ -19,7 +20,7 @@ Array = npt.NDArray[Any]
 
 
 def step(
-    params: Tensors, moments: Tensors, delta: Tensors, outer: OuterSection, round_number: int
+    params: Tensors, moments: Tensors, delta: Mapping[str, Array], outer: OuterSection, round_number: int
 ) -> tuple[Tensors, Tensors]:
     """One outer step, with the pseudo-gradient g = −Δ.
 
@@ -32,7 +33,7 @@ def step(
     Args:
         params: θ before the round, name → float32.
         moments: what the last step returned; empty before the first.
-        delta: the averaged delta, same names and shapes as `params`.
+        delta: the averaged delta, same names and shapes as `params`; each array is asked for once.
         round_number: how many outer steps were made before.
 
     Returns:
@@ -40,7 +41,7 @@ def step(
     """
     if outer.kind == "fedavg":
         rate = np.float32(outer.learning_rate)
-        return {name: params[name] + np.multiply(rate, delta[name]) for name in params}, {}
+        return {name: _moved(params[name], rate, delta[name]) for name in params}, {}
     moved: Tensors = {}
     kept: Tensors = {}
     for name, theta in params.items():
@@ -54,6 +55,12 @@ def step(
             change, kept[name] = _momentum(gradient, moments.get(name), outer)
         moved[name] = theta - change
     return moved, kept
+
+
+def _moved(theta: Array, rate: np.float32, delta: Array) -> Array:
+    change: Array = np.asarray(np.multiply(rate, delta))
+    np.add(theta, change, out=change)  # a large student's arrays are not copied more often than need be
+    return change
 
 
 def _momentum(gradient: Array, previous: Array | None, outer: OuterSection) -> tuple[Array, Array]:

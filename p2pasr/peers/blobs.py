@@ -45,8 +45,8 @@ class BlobStore:
             (root / kind).mkdir(parents=True, exist_ok=True)
         (root / "partial").mkdir(exist_ok=True)
 
-    def put(self, kind: Kind, data: bytes | memoryview, *, durable: bool = True) -> bytes:
-        """Store bytes and return their digest.
+    def put(self, kind: Kind, *pieces: bytes | memoryview, durable: bool = True) -> bytes:
+        """Store bytes, given whole or in pieces, and return their digest.
 
         Args:
             durable: sync the file, so that it also survives a power cut.
@@ -54,11 +54,11 @@ class BlobStore:
         Raises:
             LocalError: the disk or the budget is full.
         """
-        digest = blob_digest(data)
+        digest = blob_digest(*pieces)
         if self.find(digest) is None:
-            self.make_room(len(data))
-            with self._writing(digest, kind, durable) as part:
-                part.write_bytes(data)
+            self.make_room(sum(map(len, pieces)))
+            with self._writing(digest, kind, durable) as part, part.open("wb") as file:
+                file.writelines(pieces)
         return digest
 
     @contextlib.contextmanager

@@ -63,9 +63,12 @@ def digest(kind: str, data: bytes) -> bytes:
     return blake3(DOMAIN + kind.encode() + b"\x00" + data).digest()
 
 
-def blob_digest(data: bytes | memoryview) -> bytes:
-    """BLAKE3 of a blob: its name, 32 bytes. Blobs are named by their plain bytes, without a domain."""
-    return blake3(data).digest()
+def blob_digest(*pieces: bytes | memoryview) -> bytes:
+    """BLAKE3 of a blob, given whole or in pieces: its name, 32 bytes. Blobs are named without a domain."""
+    hasher = blake3()
+    for piece in pieces:
+        hasher.update(piece)
+    return hasher.digest()
 
 
 def keyed_bytes(key: bytes, count: int) -> bytes:

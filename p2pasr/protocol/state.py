@@ -14,7 +14,7 @@ from p2pasr.errors import Reject
 from p2pasr.protocol.encoding import DIGEST_BYTES, blob_digest
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import Claim
-from p2pasr.protocol.tensors import Tensors, pack_tensors, unpack_tensors
+from p2pasr.protocol.tensors import Tensors, tensor_pieces, unpack_tensors
 
 FORMAT: Final = "p2pasr-state/1"
 NO_PARENT: Final = bytes(DIGEST_BYTES)
@@ -46,9 +46,9 @@ class State:
     covered: dict[str, int]
     credit: dict[str, float]
 
-    @cached_property
-    def blob(self) -> bytes:
-        """The state's canonical bytes."""
+    @property
+    def pieces(self) -> tuple[bytes | memoryview, ...]:
+        """The state's canonical bytes in pieces, without a copy of its arrays."""
         tensors = {_PARAM + name: value for name, value in self.params.items()}
         tensors |= {_MOMENT + name: value for name, value in self.moments.items()}
         meta = {
@@ -60,12 +60,17 @@ class State:
             "covered": self.covered,
             "credit": self.credit,
         }
-        return pack_tensors(tensors, meta)
+        return tensor_pieces(tensors, meta)
+
+    @property
+    def blob(self) -> bytes:
+        """The state's canonical bytes."""
+        return b"".join(self.pieces)
 
     @cached_property
     def digest(self) -> bytes:
         """H_r: names the state, and its blob."""
-        return blob_digest(self.blob)
+        return blob_digest(*self.pieces)
 
     @property
     def work(self) -> float:
@@ -80,7 +85,7 @@ def genesis(manifest: RunManifest, params: Tensors) -> State:
 
 def params_digest(params: Tensors) -> bytes:
     """Names a set of parameters: 32 bytes. The manifest holds that of the initial ones."""
-    return blob_digest(pack_tensors(params, {}))
+    return blob_digest(*tensor_pieces(params, {}))
 
 
 def max_state_bytes(manifest: RunManifest) -> int:
@@ -126,7 +131,7 @@ def parse_state(blob: bytes, manifest: RunManifest, like: Tensors) -> State:
             covered=meta["covered"],
             credit=meta["credit"],
         )
-        sound = meta["format"] == FORMAT and state.blob == blob
+        sound = meta["format"] == FORMAT and state.digest == blob_digest(blob)
     except ValueError as error:
         raise Reject(f"a state's description is malformed ({error})") from None
     if not sound or state.run != manifest.run_id:

@@ -44,10 +44,20 @@ def pack_tensors(tensors: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any
     Raises:
         TypeError: an array's dtype is not float32, float16, int64, int32, int8 or uint8.
     """
+    return b"".join(tensor_pieces(tensors, meta))
+
+
+def tensor_pieces(tensors: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any]) -> tuple[bytes | memoryview, ...]:
+    """The bytes of :func:`pack_tensors` in pieces, which are views of the arrays where these lie in one run.
+
+    Raises:
+        TypeError: as :func:`pack_tensors`.
+    """
     for name, array in tensors.items():
         if array.dtype not in _TO_NAME:
             raise TypeError(f"tensor {name!r} has dtype {array.dtype}, which has no canonical encoding")
-    return b"".join([_head(tensors, meta), *(tensors[name].tobytes(order="C") for name in _order(tensors))])
+    arrays = (np.ascontiguousarray(tensors[name]).reshape(-1) for name in _order(tensors))
+    return (_head(tensors, meta), *(array.view(np.uint8).data for array in arrays))
 
 
 def unpack_tensors(data: bytes | memoryview) -> tuple[Tensors, dict[str, Any]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from p2pasr.protocol.tensors import Tensors, pack_tensors, unpack_tensors
+from p2pasr.protocol.tensors import Tensors, tensor_pieces, unpack_tensors
 
 CHECKPOINT_FORMAT = "p2pasr-checkpoint/1"
 
@@ -31,11 +31,16 @@ class Checkpoint:
     moments: Tensors = field(default_factory=dict)
     step: int = 0
 
-    def pack(self) -> bytes:
-        """The canonical bytes, whose digest a trace commits to."""
+    @property
+    def pieces(self) -> tuple[bytes | memoryview, ...]:
+        """The canonical bytes, whose digest a trace commits to, in pieces, without a copy of the arrays."""
         tensors = {f"param/{name}": value for name, value in self.params.items()}
         tensors |= {f"moment/{name}": value for name, value in self.moments.items()}
-        return pack_tensors(tensors, {"format": CHECKPOINT_FORMAT, "step": self.step})
+        return tensor_pieces(tensors, {"format": CHECKPOINT_FORMAT, "step": self.step})
+
+    def pack(self) -> bytes:
+        """The canonical bytes."""
+        return b"".join(self.pieces)
 
     @classmethod
     def unpack(cls, data: bytes | memoryview) -> Checkpoint:

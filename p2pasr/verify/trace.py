@@ -22,9 +22,9 @@ class Trace:
         self._tree = Tree("trace", run, round_number, peer)
         self.checkpoints: list[bytes] = []
 
-    def add(self, checkpoint: bytes) -> None:
-        """Store the packed checkpoint at the end of a segment."""
-        self.checkpoints.append(self._store.put("checkpoint", checkpoint))
+    def add(self, *checkpoint: bytes | memoryview) -> None:
+        """Store the packed checkpoint at the end of a segment, given whole or in pieces."""
+        self.checkpoints.append(self._store.put("checkpoint", *checkpoint))
 
     @property
     def root(self) -> bytes:

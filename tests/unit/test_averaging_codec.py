@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pasr.averaging.codec import Codec, Layout, Vector, flatten, unflatten
+from p2pasr.averaging.codec import Codec, Decoded, Flat, Layout, Vector
 from p2pasr.errors import Reject
 from p2pasr.protocol.manifest import AveragingSection
 
@@ -249,25 +250,41 @@ def test_a_layout_is_the_one_that_the_manifest_prescribes() -> None:
     assert [layout.part_bytes(index) for index in range(3)] == [256 + 32, 256 + 32, 88 + 12]
 
 
-def test_parameters_are_flattened_in_the_order_of_their_names() -> None:
+def test_parameters_are_one_vector_in_the_order_of_their_names() -> None:
     params = initial_params()
-    vector = flatten(params)
+    vector = Flat(params)[:]
     assert vector.dtype == np.float32
     np.testing.assert_array_equal(vector[:400], params["decoder.b"])
     np.testing.assert_array_equal(vector[400:], params["encoder.a"].reshape(-1))
-    np.testing.assert_array_equal(flatten(dict(reversed(params.items()))), vector)
+    np.testing.assert_array_equal(Flat(dict(reversed(params.items())))[:], vector)
 
 
-def test_what_was_flattened_takes_its_shape_again() -> None:
-    params = initial_params()
-    again = unflatten(flatten(params), params)
-    assert again.keys() == params.keys()
-    for name, value in params.items():
-        assert again[name].shape == value.shape
-        np.testing.assert_array_equal(again[name], value)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.data())
+def test_a_slice_of_the_vector_is_the_slice_of_the_whole(sizes: list[int], data: st.DataObject) -> None:
+    params = {f"{number:02d}": random_delta(number, size) for number, size in enumerate(sizes)}
+    whole = np.concatenate(list(params.values()))
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.integers(start, len(whole)))
+    np.testing.assert_array_equal(Flat(params)[start:stop], whole[start:stop])
+    assert len(Flat(params)) == len(whole)
 
 
-@pytest.mark.parametrize("size", [0, 599, 601])
-def test_a_vector_of_another_length_takes_no_shape(size: int) -> None:
-    with pytest.raises(ValueError, match=r"values do not fit parameters of|cannot reshape"):
-        unflatten(np.zeros(size, np.float32), initial_params())
+@pytest.mark.parametrize("codec", ["float32", "float16", "int8", "int4"])
+def test_what_was_encoded_takes_its_names_and_shapes_again(codec: Any) -> None:
+    params, layout = initial_params(), Layout(600, 256, Codec(codec, 32))
+    encoded = b"".join(layout.encode(Flat(params)[:]))
+    again = Decoded(encoded, layout, params)
+    assert list(again) == list(params)
+    assert len(again) == len(params)
+    assert {name: value.shape for name, value in again.items()} == {name: v.shape for name, v in params.items()}
+    np.testing.assert_array_equal(Flat(again)[:], layout.decode(encoded))
+    with pytest.raises(KeyError):
+        again["nothing"]
+
+
+def test_an_encoded_delta_that_does_not_fit_takes_no_names() -> None:
+    layout = Layout(599, 256, Codec("float32"))
+    with pytest.raises(ValueError, match="599 values do not fit parameters of 600"):
+        Decoded(bytes(layout.total_bytes), layout, initial_params())
+    with pytest.raises(Reject):
+        Decoded(bytes(layout.total_bytes - 1), layout, initial_params())
