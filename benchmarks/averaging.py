@@ -146,6 +146,7 @@ class _Ours:
             "round": number,
             "state": STATE,
             "covered": {},
+            "credit": {},
             "claim": seal(identity, claim).pack(),
             "delta": self.stores[index].put("delta", b"".join(parts)),
             "expected": [identity.peer for identity in self.identities],

@@ -173,7 +173,7 @@ class Member:
 
 
 def _view(manifest: RunManifest, state: State) -> RoundView:
-    return RoundView(manifest, state.run, state.round, state.digest, state.covered)
+    return RoundView(manifest, state.run, state.round, state.digest, state.covered, state.credit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -606,6 +606,7 @@ def average(member: Member, work: Work, expected: set[str]) -> Merged:
         round=member.state.round,
         state=member.state.digest,
         covered=dict(member.state.covered),
+        credit=dict(member.state.credit),
         claim=work.claim.pack(),
         delta=work.delta,
         expected=sorted(expected),

@@ -148,14 +148,15 @@ class AllReduce:
         """Find a group and average with it.
 
         Args:
-            args: round, state, covered (the view); claim (packed, ours); delta (digest of the encoded
+            args: round, state, covered, credit (the view); claim (packed, ours); delta (digest of the encoded
                 one); expected (peers, ours among them), shunned (peers that are not averaged with),
                 min_size, window, timeout (of the group).
 
         Returns:
             group, members (packed claims), receipts (packed), average (digest of the encoded result).
         """
-        view = RoundView(self._read_manifest(), self._host.run, args["round"], args["state"], args["covered"])
+        manifest, run = self._read_manifest(), self._host.run
+        view = RoundView(manifest, run, args["round"], args["state"], args["covered"], args["credit"])
         layout = Layout.of(view.manifest.parameters, view.manifest.averaging)
         claim = unseal(args["claim"], Claim)
         with contextlib.ExitStack() as files:

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import sqrt
 from statistics import median
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -32,15 +33,21 @@ from p2pasr.protocol.manifest import RuleSection, RunManifest
 from p2pasr.protocol.messages import Claim, message_digest
 from p2pasr.protocol.state import shard_seconds, trained_seconds
 
+NEWCOMER_TRUST: Final = 0.25
+"""Share of its weight that a peer has before any of its work was merged."""
 
-def weights(claims: Sequence[Claim], manifest: RunManifest) -> tuple[float, ...]:
+
+def weights(claims: Sequence[Claim], manifest: RunManifest, credit: Mapping[str, float]) -> tuple[float, ...]:
     """The weight of each claim, from what anyone can compute about it.
 
-    Seconds of audio in the assigned shards, scaled by the share of segments trained, at most
-    `weight_cap` times the median. No number that a sender chose enters.
+    Seconds of audio in the assigned shards, scaled by the share of segments trained and by how far the
+    peer is trusted, at most `weight_cap` times the median. No number that a sender chose enters.
 
     With `duplicates: first`, a shard named by several claims counts only for the one with the lowest
     digest; a claim left with none keeps the weight 0.
+
+    Args:
+        credit: peer → seconds of audio of its merged claims, from the state that the claims start from.
     """
     seconds = shard_seconds(manifest)
     if manifest.data.duplicates == "first":
@@ -55,8 +62,23 @@ def weights(claims: Sequence[Claim], manifest: RunManifest) -> tuple[float, ...]
         ]
     else:
         raw = [trained_seconds(claim, manifest, seconds) for claim in claims]
-    cap = manifest.averaging.weight_cap * median(raw)
-    return tuple(min(weight, cap) for weight in raw) if cap > 0 else tuple(raw)
+    trusted = [weight * trust(credit.get(claim.peer, 0.0), manifest) for weight, claim in zip(raw, claims, strict=True)]
+    cap = manifest.averaging.weight_cap * median(trusted)
+    return tuple(min(weight, cap) for weight in trusted) if cap > 0 else tuple(trusted)
+
+
+def trust(credit: float, manifest: RunManifest) -> float:
+    """Share of its weight that a peer has earned: a quarter at first, all of it after `probation_rounds`.
+
+    It grows linearly with the audio that was merged, so a fresh identity costs rounds of work.
+
+    Args:
+        credit: seconds of audio of the peer's merged claims.
+    """
+    probation = manifest.averaging.probation_rounds * manifest.seconds_per_assignment
+    if credit >= probation:
+        return 1.0
+    return NEWCOMER_TRUST + (1 - NEWCOMER_TRUST) * (credit / probation)
 
 
 def aggregate(parts: Mapping[int, Vector], weights: Sequence[float], rule: RuleSection) -> Vector:

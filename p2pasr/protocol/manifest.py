@@ -11,6 +11,7 @@ import json
 import re
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import yaml
@@ -117,6 +118,8 @@ class AveragingSection(_Section):
     """Values in one part, the unit of reduction."""
     weight_cap: Annotated[float, Field(ge=1)] = 4.0
     """No claim weighs more than this multiple of the median claim."""
+    probation_rounds: Annotated[int, Field(ge=0, le=1_000_000)] = 4
+    """Rounds' worth of merged audio until a peer's claims weigh in full; a newcomer's weigh a quarter. 0 for none."""
     max_group: Annotated[int, Field(ge=2, le=64)] = 64
     outer: OuterSection = OuterSection()
 
@@ -225,6 +228,11 @@ class RunManifest(RunConfig):
         """The most seconds of audio that one round can merge: a full group, every member with the longest shards."""
         longest = sorted((shard.seconds for shard in self.shards), reverse=True)
         return self.averaging.max_group * sum(longest[: self.rounds.shards_per_peer])
+
+    @cached_property
+    def seconds_per_assignment(self) -> float:
+        """Seconds of audio that the shards assigned to a peer for one round hold on average."""
+        return fmean(shard.seconds for shard in self.shards) * min(self.rounds.shards_per_peer, len(self.shards))
 
     def write(self, path: Path) -> None:
         """Write the manifest for people to read and share, as JSON."""

@@ -169,10 +169,6 @@ def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params
     """
     merged = sorted(claims, key=lambda claim: claim.peer)
     covered, ended = cover(state.covered, merged, manifest)
-    credit = dict(state.credit)
-    seconds = shard_seconds(manifest)
-    for claim in merged:
-        credit[claim.peer] = credit.get(claim.peer, 0.0) + trained_seconds(claim, manifest, seconds)
     return State(
         run=state.run,
         round=state.round + 1,
@@ -181,7 +177,7 @@ def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params
         moments=moments,
         epoch=state.epoch + ended,
         covered=covered,
-        credit=credit,
+        credit=earn(state.credit, merged, manifest),
     )
 
 
@@ -213,6 +209,15 @@ def cover(covered: Mapping[str, int], merged: Iterable[Claim], manifest: RunMani
     if all(counted.get(shard.digest, 0) >= manifest.data.redundancy for shard in manifest.shards):
         return {}, True
     return dict(sorted(counted.items())), False
+
+
+def earn(credit: Mapping[str, float], merged: Iterable[Claim], manifest: RunManifest) -> dict[str, float]:
+    """Credit merged claims to their peers: peer → seconds of audio."""
+    earned = dict(credit)
+    seconds = shard_seconds(manifest)
+    for claim in merged:
+        earned[claim.peer] = earned.get(claim.peer, 0.0) + trained_seconds(claim, manifest, seconds)
+    return earned
 
 
 def describe(state: State) -> dict[str, Any]:

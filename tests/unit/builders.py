@@ -96,7 +96,7 @@ def make_state(manifest: RunManifest) -> State:
 
 def view_of(manifest: RunManifest, state: State) -> RoundView:
     """What a peer that holds this state judges the round by."""
-    return RoundView(manifest, state.run, state.round, state.digest, state.covered)
+    return RoundView(manifest, state.run, state.round, state.digest, state.covered, state.credit)
 
 
 def make_claim(who: Identity, manifest: RunManifest, held: State, /, **changes: Any) -> Claim:
@@ -211,7 +211,7 @@ def finish_round(manifest: RunManifest, before: State, after: bytes | None = Non
     members = tuple(
         seal(who, delta_claim(who, manifest, before, delta)) for who, delta in zip(identities, deltas, strict=True)
     )
-    weights = rules.weights([member.message for member in members], manifest)
+    weights = rules.weights([member.message for member in members], manifest, before.credit)
     encoded = [layout.encode(delta) for delta in deltas]
     results = {}
     for index in range(layout.parts):

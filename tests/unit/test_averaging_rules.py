@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pasr.averaging.codec import Vector
-from p2pasr.averaging.rules import aggregate, clip, krum, norm, trimmed_mean, weighted_mean, weights
+from p2pasr.averaging.rules import aggregate, clip, krum, norm, trimmed_mean, trust, weighted_mean, weights
 from p2pasr.protocol.manifest import RuleSection, RunManifest
 from p2pasr.protocol.messages import Claim, message_digest
 from p2pasr.protocol.state import shard_seconds
@@ -23,6 +23,8 @@ MANIFEST = make_manifest()
 STATE = make_state(MANIFEST)
 SECONDS = shard_seconds(MANIFEST)
 FIRST = make_manifest(data={"duplicates": "first"})
+EARNED = {make_identity(number).peer: 1e6 for number in range(1, 10)}
+"""The credit of peers that weigh in full."""
 
 
 def claim_of(number: int, *shards: int, manifest: RunManifest = MANIFEST, **changes: Any) -> Claim:
@@ -33,14 +35,15 @@ def claim_of(number: int, *shards: int, manifest: RunManifest = MANIFEST, **chan
 
 def test_a_claim_weighs_the_seconds_of_its_shards_scaled_by_its_segments() -> None:
     claims = [claim_of(1, 0, 1, segments=4), claim_of(2, 2, 3, segments=2), claim_of(3, 5, segments=1)]
-    assert weights(claims, MANIFEST) == pytest.approx((60 + 61, (62 + 63) / 2, 65 / 4))
+    assert weights(claims, MANIFEST, EARNED) == pytest.approx((60 + 61, (62 + 63) / 2, 65 / 4))
 
 
 def test_what_a_peer_says_about_itself_does_not_enter_its_weight() -> None:
     honest = claim_of(1, 0, 1)
     boasting = claim_of(1, 0, 1, steps=1 << 24, samples=1 << 40, delta_norm=1e15, loss_after=-1e9, hardware="best")
     other = claim_of(2, 2, 3)
-    assert weights([honest, other], MANIFEST) == weights([boasting, other], MANIFEST)
+    for credit in ({}, EARNED, {honest.peer: 200.0}):
+        assert weights([honest, other], MANIFEST, credit) == weights([boasting, other], MANIFEST, credit)
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=9), st.floats(1, 8))
@@ -49,39 +52,39 @@ def test_no_weight_exceeds_the_cap_and_smaller_ones_are_untouched(segments: list
     claims = [claim_of(n + 1, n % 6, segments=count) for n, count in enumerate(segments)]
     raw = [SECONDS[claim.shards[0].hex()] * claim.segments / 4 for claim in claims]
     limit = cap * median(raw)
-    assert weights(claims, manifest) == pytest.approx([min(weight, limit) for weight in raw])
-    assert max(weights(claims, manifest)) <= limit
+    assert weights(claims, manifest, EARNED) == pytest.approx([min(weight, limit) for weight in raw])
+    assert max(weights(claims, manifest, EARNED)) <= limit
 
 
 def test_the_cap_binds() -> None:
     manifest = make_manifest(averaging={"weight_cap": 1.5})
     claims = [claim_of(1, 0, segments=1), claim_of(2, 0, segments=1), claim_of(3, 0, 1, 2, 3, 4, 5, segments=4)]
-    assert weights(claims, manifest) == pytest.approx((15, 15, 22.5))
+    assert weights(claims, manifest, EARNED) == pytest.approx((15, 15, 22.5))
 
 
 @given(st.permutations(range(5)))
 def test_a_weight_belongs_to_the_claim_and_not_to_its_place(order: list[int]) -> None:
     claims = [claim_of(number + 1, segments=1 + number % 4) for number in range(5)]
     for manifest in (MANIFEST, FIRST):
-        straight = weights(claims, manifest)
-        assert weights([claims[n] for n in order], manifest) == tuple(straight[n] for n in order)
+        straight = weights(claims, manifest, EARNED)
+        assert weights([claims[n] for n in order], manifest, EARNED) == tuple(straight[n] for n in order)
 
 
 def test_duplicates_count_for_everybody_under_average() -> None:
     claims = [claim_of(1, 0, 1, segments=4), claim_of(2, 0, 1, segments=4)]
-    assert weights(claims, MANIFEST) == (121.0, 121.0)
+    assert weights(claims, MANIFEST, EARNED) == (121.0, 121.0)
 
 
 def test_duplicates_count_for_the_claim_of_the_lowest_digest_under_first() -> None:
     claims = [claim_of(number, 0, 1, segments=4) for number in range(1, 5)]
     lowest = min(range(4), key=lambda n: message_digest(claims[n]))
     manifest = make_manifest(data={"duplicates": "first"}, averaging={"weight_cap": 1e9})
-    assert weights(claims, manifest) == tuple(121.0 if n == lowest else 0.0 for n in range(4))
+    assert weights(claims, manifest, EARNED) == tuple(121.0 if n == lowest else 0.0 for n in range(4))
 
 
 def test_a_claim_that_shares_some_shards_keeps_the_others_under_first() -> None:
     one, two = claim_of(1, 0, 1, segments=4), claim_of(2, 1, 2, segments=4)
-    first, second = weights([one, two], FIRST)
+    first, second = weights([one, two], FIRST, EARNED)
     shared_goes_to_one = message_digest(one) < message_digest(two)
     assert (first, second) == ((121.0, 62.0) if shared_goes_to_one else (60.0, 123.0))
 
@@ -90,7 +93,46 @@ def test_the_weights_under_first_add_up_to_the_audio_without_duplicates() -> Non
     claims = [claim_of(number, segments=4) for number in range(1, 9)]
     distinct = {shard.hex() for claim in claims for shard in claim.shards}
     manifest = make_manifest(data={"duplicates": "first"}, averaging={"weight_cap": 1e9})
-    assert sum(weights(claims, manifest)) == pytest.approx(sum(SECONDS[shard] for shard in distinct))
+    assert sum(weights(claims, manifest, EARNED)) == pytest.approx(sum(SECONDS[shard] for shard in distinct))
+
+
+@pytest.mark.parametrize(("rounds_worth", "expected"), [(0, 0.25), (1, 0.4375), (2, 0.625), (4, 1.0), (40, 1.0)])
+def test_a_newcomer_weighs_a_quarter_and_grows_to_all_of_it(rounds_worth: int, expected: float) -> None:
+    seconds = np.mean(list(SECONDS.values())) * 2  # two shards a round
+    assert trust(rounds_worth * float(seconds), MANIFEST) == pytest.approx(expected)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=9), st.integers(0, 1000), st.integers(1, 8))
+def test_trust_grows_with_credit_and_never_beyond_one(earned: list[float], rounds: int, shards: int) -> None:
+    manifest = make_manifest(averaging={"probation_rounds": rounds}, rounds={"shards_per_peer": shards})
+    trusted = [trust(credit, manifest) for credit in sorted(earned)]
+    assert trusted == sorted(trusted)
+    assert all(0.25 <= share <= 1 for share in trusted)
+
+
+def test_without_probation_a_newcomer_weighs_in_full() -> None:
+    claims = [claim_of(1, 0, 1), claim_of(2, 2, 3)]
+    manifest = make_manifest(averaging={"probation_rounds": 0})
+    assert weights(claims, manifest, {}) == weights(claims, manifest, EARNED) == weights(claims, MANIFEST, EARNED)
+
+
+def test_a_newcomer_weighs_less_than_a_peer_that_did_the_same_and_has_earned_credit() -> None:
+    claims = [claim_of(1, 0, 1, segments=4), claim_of(2, 0, 1, segments=4)]
+    assert weights(claims, MANIFEST, {claims[1].peer: 1e6}) == (121 / 4, 121.0)
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=7))
+def test_among_newcomers_only_nobody_is_worse_off(segments: list[int]) -> None:
+    claims = [claim_of(n + 1, n % 6, segments=count) for n, count in enumerate(segments)]
+    parts = {position: random_delta(position, 20) for position in range(len(claims))}
+    fresh, earned = (weighted_mean(parts, weights(claims, MANIFEST, credit)) for credit in ({}, EARNED))
+    assert fresh.tobytes() == earned.tobytes()
+
+
+def test_the_cap_binds_trusted_weights() -> None:
+    manifest = make_manifest(averaging={"weight_cap": 1.5})
+    claims = [claim_of(number, 0, 1, segments=4) for number in (1, 2, 3)]
+    assert weights(claims, manifest, {claims[2].peer: 1e6}) == (121 / 4, 121 / 4, 1.5 * 121 / 4)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
