@@ -149,6 +149,7 @@ class _Ours:
             "credit": {},
             "claim": seal(identity, claim).pack(),
             "delta": self.stores[index].put("delta", b"".join(parts)),
+            "reference": None,
             "expected": [identity.peer for identity in self.identities],
             "shunned": (),
             "min_size": len(self.links),

@@ -97,13 +97,24 @@ class OuterSection(_Section):
 class RuleSection(_Section):
     """How several deltas become one; `p2pasr.averaging.rules` says what each tolerates."""
 
-    kind: Literal["mean", "trimmed-mean", "median", "krum"] = "mean"
+    kind: Literal["mean", "trimmed-mean", "median", "krum", "centered-clip"] = "mean"
     clip_norm: Annotated[float, Field(ge=1)] | None = 2.0
     """No part counts with a norm above this multiple of the median of the group's; null for no limit."""
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
     """Share of values that `trimmed-mean` leaves out at each end."""
     hostile: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
     """Share of members that `krum` allows for."""
+    bucket: Annotated[int, Field(ge=1, le=64)] = 2
+    """Members that `centered-clip` draws together and averages before it clips; 1 for none."""
+    iterations: Annotated[int, Field(ge=1, le=100)] = 3
+    """How often `centered-clip` moves its center."""
+    radius: Annotated[float, Field(gt=0)] = 1.0
+    """How far a bucket pulls `centered-clip` at most, as a multiple of the median distance from the reference."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the rule starts from the last round's aggregate, which the state then holds."""
+        return self.kind == "centered-clip"
 
 
 class AveragingSection(_Section):

@@ -12,7 +12,7 @@ import numpy as np
 
 from p2pasr.errors import Reject
 from p2pasr.protocol.encoding import DIGEST_BYTES, blob_digest
-from p2pasr.protocol.manifest import RunManifest
+from p2pasr.protocol.manifest import RuleSection, RunManifest
 from p2pasr.protocol.messages import Claim
 from p2pasr.protocol.tensors import Tensors, pack_tensors, unpack_tensors
 
@@ -20,6 +20,7 @@ FORMAT: Final = "p2pasr-state/1"
 NO_PARENT: Final = bytes(DIGEST_BYTES)
 
 _PARAM, _MOMENT = "param/", "moment/"
+_REFERENCE = "reference/"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class State:
         round: the round that will be trained from this state.
         parent: digest of the state one round earlier; zeros before round 0.
         params: name → float32, the trained parameters.
-        moments: name → float32, what the outer optimizer remembers; may be empty.
+        moments: name → float32, what the outer optimizer and the averaging rule remember; may be empty.
         epoch: how often all shards have been covered.
         covered: hex digest of a shard → merged claims that named it in this epoch.
         credit: peer → seconds of audio of its merged claims.
@@ -68,6 +69,12 @@ class State:
         return blob_digest(self.blob)
 
     @property
+    def reference(self) -> Tensors:
+        """The last round's aggregate, like `params`; empty if the averaging rule starts from none, and in round 0."""
+        names = {name: _REFERENCE + name for name in self.params}
+        return {name: self.moments[moment] for name, moment in names.items() if moment in self.moments}
+
+    @property
     def work(self) -> float:
         """Seconds of audio merged since the start of the run."""
         return sum(self.credit[peer] for peer in sorted(self.credit))
@@ -86,10 +93,11 @@ def params_digest(params: Tensors) -> bytes:
 def max_state_bytes(manifest: RunManifest) -> int:
     """The longest blob that can be a state of this run, decided before one is fetched.
 
-    Parameters and at most two moments of four bytes each; a megabyte for headers and the ledger, and
-    a generous 128 bytes a shard.
+    Parameters, at most two moments and the rule's reference, if it needs one, of four bytes each; a
+    megabyte for headers and the ledger, and a generous 128 bytes a shard.
     """
-    return 3 * 4 * manifest.parameters + (1 << 20) + 128 * len(manifest.shards)
+    copies = 4 if manifest.averaging.rule.needs_reference else 3
+    return copies * 4 * manifest.parameters + (1 << 20) + 128 * len(manifest.shards)
 
 
 def parse_state(blob: bytes, manifest: RunManifest, like: Tensors) -> State:
@@ -110,8 +118,11 @@ def parse_state(blob: bytes, manifest: RunManifest, like: Tensors) -> State:
         raise Reject("a state holds other parameters than this run trains")
     if not all(np.isfinite(value).all() for value in tensors.values()):
         raise Reject("a state holds values that are not finite")
+    reference = {_REFERENCE + name: name for name in params} if manifest.averaging.rule.needs_reference else {}
+    if 0 < len(reference.keys() & moments.keys()) < len(reference):
+        raise Reject("a state holds its reference in part")
     for name, moment in moments.items():
-        moved = params.get(name.removeprefix("first/").removeprefix("second/"))
+        moved = params.get(reference.get(name, name.removeprefix("first/").removeprefix("second/")))
         if moved is None or (moment.shape, moment.dtype) != (moved.shape, moved.dtype):
             raise Reject("a state's moments do not fit its parameters")
     _check_ledger(meta, manifest)
@@ -165,7 +176,7 @@ def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params
 
     Args:
         claims: those that are in every part of the average; their order does not matter.
-        params, moments: what the outer optimizer made of the average.
+        params, moments: what the outer optimizer made of the average, see :func:`remember` for more moments.
     """
     merged = sorted(claims, key=lambda claim: claim.peer)
     covered, ended = cover(state.covered, merged, manifest)
@@ -179,6 +190,13 @@ def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params
         covered=covered,
         credit=earn(state.credit, merged, manifest),
     )
+
+
+def remember(moments: Tensors, average: Tensors, rule: RuleSection) -> Tensors:
+    """The moments of the next state: the outer optimizer's, and the average itself if the rule starts from it."""
+    if not rule.needs_reference:
+        return moments
+    return moments | {_REFERENCE + name: value for name, value in average.items()}
 
 
 def shard_seconds(manifest: RunManifest) -> dict[str, float]:

@@ -212,12 +212,13 @@ def finish_round(manifest: RunManifest, before: State, after: bytes | None = Non
         seal(who, delta_claim(who, manifest, before, delta)) for who, delta in zip(identities, deltas, strict=True)
     )
     weights = rules.weights([member.message for member in members], manifest, before.credit)
+    center = rules.Center(None, rules.drawn_order(before.digest, [who.peer for who in identities]))
     encoded = [layout.encode(delta) for delta in deltas]
     results = {}
     for index in range(layout.parts):
         size = layout.part_size(index)
         parts = {position: layout.codec.decode(encoded[position][index], size) for position in range(3)}
-        results[index] = layout.codec.encode(rules.aggregate(parts, weights, manifest.averaging.rule))
+        results[index] = layout.codec.encode(rules.aggregate(parts, weights, manifest.averaging.rule, center))
     shares = ({0: results[0]}, {index: results[index] for index in range(1, layout.parts)})
     receipts = tuple(
         seal(who, make_receipt(who, before, members, share)) for who, share in zip(identities[:2], shares, strict=True)
