@@ -16,9 +16,11 @@ import numpy.typing as npt
 
 from p2pasr.averaging import rules
 from p2pasr.averaging.codec import Vector
+from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RuleSection
 
 MEMBERS = 20
+PEERS = [f"member {number}" for number in range(MEMBERS)]
 CLASSES, FEATURES = 10, 32
 SAMPLES = 200
 """Of each member; a tenth of all classes make up most of them, so that honest deltas differ."""
@@ -32,6 +34,8 @@ RULES = {
     "trimmed_mean": RuleSection(kind="trimmed-mean", trim=0.4),
     "median": RuleSection(kind="median"),
     "krum": RuleSection(kind="krum", hostile=0.4),
+    "centered_clip": RuleSection(kind="centered-clip"),
+    "centered_clip_unbucketed": RuleSection(kind="centered-clip", bucket=1),
 }
 
 Matrix = npt.NDArray[np.float32]
@@ -50,6 +54,8 @@ class Row:
     trimmed_mean: float
     median: float
     krum: float
+    centered_clip: float
+    centered_clip_unbucketed: float
 
 
 def sign_flip(honest: list[Vector], _hostile: int, _draw: np.random.Generator) -> Vector:
@@ -104,12 +110,14 @@ def _train(rule: RuleSection, attack: Attack, hostile: int, rounds: int) -> floa
     centers = draw.normal(scale=0.5, size=(CLASSES, FEATURES)).astype(np.float32)
     homes = [_data(draw, centers, member % CLASSES) for member in range(MEMBERS)]
     tests = [_data(draw, centers, label) for label in range(CLASSES)]
-    theta = np.zeros((FEATURES, CLASSES), np.float32)
+    theta, reference = np.zeros((FEATURES, CLASSES), np.float32), None
     for _ in range(rounds):
         honest = [_delta(theta, home) for home in homes[hostile:]]
         lies = [attack(honest, hostile, draw) for _ in range(hostile)]
         parts = dict(enumerate([*lies, *honest]))
-        theta = theta + rules.aggregate(parts, (1.0,) * MEMBERS, rule).reshape(theta.shape)
+        center = rules.Center(reference, rules.drawn_order(blob_digest(theta.tobytes()), PEERS))
+        reference = rules.aggregate(parts, (1.0,) * MEMBERS, rule, center)
+        theta = theta + reference.reshape(theta.shape)
     return 100 * float(np.mean([np.mean((x @ theta).argmax(axis=1) == y) for x, y in tests]))
 
 

@@ -47,7 +47,7 @@ from p2pasr.protocol.messages import (
 )
 from p2pasr.protocol.rules import RoundView
 from p2pasr.protocol.signing import short
-from p2pasr.protocol.state import State, advance
+from p2pasr.protocol.state import State, advance, remember
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.report import Report
 from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, Task
@@ -177,7 +177,7 @@ class Member:
 
 
 def _view(manifest: RunManifest, state: State) -> RoundView:
-    return RoundView(manifest, state.run, state.round, state.digest, state.covered)
+    return RoundView(manifest, state.run, state.round, state.digest, state.covered, state.credit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -635,8 +635,10 @@ def average(member: Member, work: Work, expected: set[str]) -> Merged:
         round=member.state.round,
         state=member.state.digest,
         covered=dict(member.state.covered),
+        credit=dict(member.state.credit),
         claim=work.claim.pack(),
         delta=work.delta,
+        reference=store_reference(member),
         expected=sorted(expected),
         shunned=sorted(member.shunned),
         min_size=member.manifest.rounds.min_peers,
@@ -651,6 +653,19 @@ def average(member: Member, work: Work, expected: set[str]) -> Merged:
     )
 
 
+def store_reference(member: Member) -> bytes | None:
+    """Put the last round's aggregate where the network process finds it; the codec gives everybody the same bytes.
+
+    Returns:
+        Its digest; None if the averaging rule starts from none, and in round 0.
+    """
+    if not member.state.reference:
+        return None
+    layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
+    reference = Flat(member.state.reference)
+    return member.store.put("average", *(layout.codec.encode(reference[cut]) for cut in layout.cuts()), durable=False)
+
+
 # --- apply --------------------------------------------------------------------------------------
 
 
@@ -663,8 +678,9 @@ def apply(member: Member, work: Work, merged: Merged, expected: set[str]) -> Res
     member.step("apply", f"round {member.state.round}: applying the average of {len(merged.members)} peers")
     layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
     delta = Decoded(member.store.get(merged.average), layout, member.like)
-    section = member.manifest.averaging.outer
-    params, moments = outer.step(member.state.params, member.state.moments, delta, section, member.state.round)
+    section = member.manifest.averaging
+    params, moments = outer.step(member.state.params, member.state.moments, delta, section.outer, member.state.round)
+    moments = remember(moments, delta, section.rule)
     if not all(np.isfinite(value).all() for value in (*params.values(), *moments.values())):
         raise Reject("the average moves the parameters beyond what float32 holds")
     claims = [merged.members[position].message for position in in_every_part(merged.receipts)]

@@ -65,6 +65,7 @@ class Session:
         delta: its encoded delta.
         digests: those of the delta's parts.
         average: the result, which fills up.
+        reference: the encoded last aggregate, if the rule starts from it and there is one.
         reducer: for our share of the parts.
         feeding: hands our own parts to it, also for the others when our attempt has failed.
         receipts: for every reducer its receipt, once all of its results are here; None if it failed us.
@@ -79,6 +80,7 @@ class Session:
     delta: PartFile
     digests: tuple[bytes, ...]
     average: PartFile
+    reference: PartFile | None = None
     reducer: PartReducer = field(init=False)
     feeding: asyncio.Task[None] = field(init=False)
     receipts: dict[int, asyncio.Future[Signed[Receipt] | None]] = field(init=False)
@@ -87,7 +89,8 @@ class Session:
 
     def __post_init__(self) -> None:
         everybody = set(range(len(self.members.claims)))
-        self.reducer = PartReducer(self.members, self.layout, self.members.shares[self.ours], everybody, self.keep)
+        share = self.members.shares[self.ours]
+        self.reducer = PartReducer(self.members, self.layout, share, everybody, self.keep, self.reference)
         self.connected = {self.ours}
         loop = asyncio.get_running_loop()
         self.receipts = {position: loop.create_future() for position in self.members.reducers}
@@ -111,6 +114,8 @@ class Session:
                 receipt.set_result(None)
         self.delta.close()
         self.average.close()
+        if self.reference is not None:
+            self.reference.close()
         self.average.path.unlink(missing_ok=True)
 
 
@@ -148,18 +153,23 @@ class AllReduce:
         """Find a group and average with it.
 
         Args:
-            args: round, state, covered (the view); claim (packed, ours); delta (digest of the encoded
-                one); expected (peers, ours among them), shunned (peers that are not averaged with),
-                min_size, window, timeout (of the group).
+            args: round, state, covered, credit (the view); claim (packed, ours); delta (digest of the encoded
+                one); reference (digest of the encoded last aggregate, None where the rule needs none or before the
+                first); expected (peers, ours among them), shunned (peers that are not averaged with), min_size,
+                window, timeout (of the group).
 
         Returns:
             group, members (packed claims), receipts (packed), average (digest of the encoded result).
         """
-        view = RoundView(self._read_manifest(), self._host.run, args["round"], args["state"], args["covered"])
+        manifest, run = self._read_manifest(), self._host.run
+        view = RoundView(manifest, run, args["round"], args["state"], args["covered"], args["credit"])
         layout = Layout.of(view.manifest.parameters, view.manifest.averaging)
         claim = unseal(args["claim"], Claim)
         with contextlib.ExitStack() as files:
-            delta = files.enter_context(self._open_delta(args["delta"], layout))
+            delta = files.enter_context(self._open_parts(args["delta"], layout))
+            reference = None
+            if args["reference"] is not None:
+                reference = files.enter_context(await self._open_reference(args["reference"], layout))
             digests = await _in_thread(_part_digests, delta)
             if _delta_tree(claim.message).root(digests) != claim.message.delta_root:
                 raise LocalError("the stored delta is not the one this peer's claim commits to")
@@ -180,7 +190,7 @@ class AllReduce:
             )
             members = check_group(group, view, claim, args["shunned"])
             self._host.emit({"event": "group", "peers": list(group.peers), "id": members.group})
-            session = await self._open(members, layout, view, delta, digests)
+            session = await self._open(members, layout, view, delta, digests, reference)
             files.pop_all()  # the session closes them
         try:
             receipts = await self._run(session)
@@ -355,11 +365,18 @@ class AllReduce:
         return seal(self._host.identity, receipt)
 
     async def _open(
-        self, members: Members, layout: Layout, view: RoundView, delta: PartFile, digests: tuple[bytes, ...]
+        self,
+        members: Members,
+        layout: Layout,
+        view: RoundView,
+        delta: PartFile,
+        digests: tuple[bytes, ...],
+        reference: PartFile | None = None,
     ) -> Session:
         self._host.store.make_room(layout.total_bytes)
         average = PartFile(self._host.store.scratch("average"), layout)
-        session = Session(members, layout, view, members.position(self._host.peer), delta, digests, average)
+        ours = members.position(self._host.peer)
+        session = Session(members, layout, view, ours, delta, digests, average, reference)
         async with self._opened:
             self._sessions[members.group] = session
             self._opened.notify_all()
@@ -484,11 +501,24 @@ class AllReduce:
             await asyncio.sleep(PROGRESS_SECONDS)
             self._host.emit({"event": "averaging", "done": session.arrived, "size": session.layout.parts})
 
-    def _open_delta(self, delta: bytes, layout: Layout) -> PartFile:
-        path = self._host.store.find(delta)
+    def _open_parts(self, blob: bytes, layout: Layout) -> PartFile:
+        path = self._host.store.find(blob)
         if path is None:
-            raise LocalError(f"the delta {delta.hex()[:12]}… is not in {self._host.store.root}")
+            raise LocalError(f"the encoded delta {blob.hex()[:12]}… is not in {self._host.store.root}")
         return PartFile(path, layout)
+
+    async def _open_reference(self, blob: bytes, layout: Layout) -> PartFile:
+        """The encoded last aggregate; unlike a delta's, nobody else compares its bytes.
+
+        Raises:
+            TransportError: it was damaged on disk; the next attempt finds it written anew.
+        """
+        reference = self._open_parts(blob, layout)
+        if await _in_thread(file_digest, reference.path) != blob:
+            reference.close()
+            self._host.store.discard(blob)
+            raise TransportError("the last round's aggregate was damaged on disk and has been removed")
+        return reference
 
     def _read_manifest(self) -> RunManifest:
         if self._manifest is None:

@@ -144,7 +144,7 @@ def check_group(group: Group, view: RoundView, ours: Signed[Claim], shunned: Col
         group=group_id(group),
         claims=claims,
         shares=shares.split(layout.parts, [rate if at in reducing else 0.0 for at, rate in enumerate(rates)]),
-        weights=rules.weights([claim.message for claim in claims], view.manifest),
+        weights=rules.weights([claim.message for claim in claims], view.manifest, view.credit),
         reachable=reachable,
         rule=view.manifest.averaging.rule,
     )

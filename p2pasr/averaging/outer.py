@@ -32,7 +32,7 @@ def step(
 
     Args:
         params: θ before the round, name → float32.
-        moments: what the last step returned; empty before the first.
+        moments: what the last step returned, empty before the first; a reference among them is left out.
         delta: the averaged delta, same names and shapes as `params`; each array is asked for once.
         round_number: how many outer steps were made before.
 

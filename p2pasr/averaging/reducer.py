@@ -10,6 +10,7 @@ from typing import Final
 from p2pasr.averaging import rules
 from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.group import Members
+from p2pasr.averaging.partfile import PartFile
 from p2pasr.protocol.encoding import MEBIBYTE, blob_digest
 from p2pasr.protocol.messages import PartReceipt
 
@@ -25,6 +26,7 @@ class PartReducer:
         indices: the share.
         live: positions of senders that have not failed.
         keep: where the encoded result of a part goes.
+        reference: the encoded last aggregate, if the rule starts from it and there is one.
         results: for every part of the share what will be, or is, its line in the receipt.
     """
 
@@ -33,6 +35,7 @@ class PartReducer:
     indices: range
     live: set[int]
     keep: Callable[[int, bytes], None]
+    reference: PartFile | None = None
     received: dict[int, dict[int, bytes]] = field(default_factory=dict)
     results: dict[int, asyncio.Future[PartReceipt]] = field(default_factory=dict)
     _started: set[int] = field(default_factory=set)
@@ -70,9 +73,16 @@ class PartReducer:
     def _reduce(self, index: int, parts: dict[int, bytes]) -> PartReceipt:
         codec, size = self.layout.codec, self.layout.part_size(index)
         decoded = {position: codec.decode(data, size) for position, data in parts.items()}
-        data = codec.encode(rules.aggregate(decoded, self.members.weights, self.members.rule))
+        members = self.members
+        data = codec.encode(rules.aggregate(decoded, members.weights, members.rule, self._center(index)))
         self.keep(index, data)
         return PartReceipt(index, tuple(sorted(parts)), blob_digest(data))
+
+    def _center(self, index: int) -> rules.Center:
+        codec, size = self.layout.codec, self.layout.part_size(index)
+        claims = [claim.message for claim in self.members.claims]
+        order = rules.drawn_order(claims[0].state, [claim.peer for claim in claims])
+        return rules.Center(codec.decode(self.reference.read(index), size) if self.reference else None, order)
 
     def _finish(self, index: int, done: asyncio.Future[PartReceipt]) -> None:
         self.received.pop(index, None)

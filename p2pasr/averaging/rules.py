@@ -4,43 +4,55 @@ Everything here is element-wise numpy, one rounding an operation, in an order th
 who sent first: equal inputs give equal bits on every machine, so a reduction can be repeated and
 compared. A rule sees one part of the delta at a time and nothing that a sender says about itself.
 
-============  ======================================================  =================================
-rule          what it does to a part                                  tolerates, of n members
-============  ======================================================  =================================
-mean          weighted mean, parts longer than `clip_norm` times the  f bend it by at most
-              median norm scaled down to that                         clip_norm · f / n median norms
-trimmed-mean  coordinate-wise mean without the `trim` share of the    f ≤ trim · n
-              values at each end
-median        coordinate-wise middle value                            f < n / 2
-krum          the one that is closest to its nearest neighbours       f < (n − 2) / 2
-============  ======================================================  =================================
+=============  ======================================================  =================================
+rule           what it does to a part                                  tolerates, of n members
+=============  ======================================================  =================================
+mean           weighted mean, parts longer than `clip_norm` times the  f bend it by at most
+               median norm scaled down to that                         clip_norm · f / n median norms
+trimmed-mean   coordinate-wise mean without the `trim` share of the    f ≤ trim · n
+               values at each end
+median         coordinate-wise middle value                            f < n / 2
+krum           the one that is closest to its nearest neighbours       f < (n − 2) / 2
+centered-clip  from the last round's aggregate towards the means of    f < n / (2 · `bucket`)
+               buckets of members, none pulling further than `radius`
+               times the median distance
+=============  ======================================================  =================================
 
-`clip_norm` is applied before every rule.
+`clip_norm` is applied before every rule. What `centered-clip` starts from is part of the state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import sqrt
 from statistics import median
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from p2pasr.averaging.codec import Vector
+from p2pasr.protocol.encoding import digest
 from p2pasr.protocol.manifest import RuleSection, RunManifest
 from p2pasr.protocol.messages import Claim, message_digest
 from p2pasr.protocol.state import shard_seconds, trained_seconds
 
+NEWCOMER_TRUST: Final = 0.25
+"""Share of its weight that a peer has before any of its work was merged."""
 
-def weights(claims: Sequence[Claim], manifest: RunManifest) -> tuple[float, ...]:
+
+def weights(claims: Sequence[Claim], manifest: RunManifest, credit: Mapping[str, float]) -> tuple[float, ...]:
     """The weight of each claim, from what anyone can compute about it.
 
-    Seconds of audio in the assigned shards, scaled by the share of segments trained, at most
-    `weight_cap` times the median. No number that a sender chose enters.
+    Seconds of audio in the assigned shards, scaled by the share of segments trained and by how far the
+    peer is trusted, at most `weight_cap` times the median. No number that a sender chose enters.
 
     With `duplicates: first`, a shard named by several claims counts only for the one with the lowest
     digest; a claim left with none keeps the weight 0.
+
+    Args:
+        credit: peer → seconds of audio of its merged claims, from the state that the claims start from.
     """
     seconds = shard_seconds(manifest)
     if manifest.data.duplicates == "first":
@@ -55,21 +67,63 @@ def weights(claims: Sequence[Claim], manifest: RunManifest) -> tuple[float, ...]
         ]
     else:
         raw = [trained_seconds(claim, manifest, seconds) for claim in claims]
-    cap = manifest.averaging.weight_cap * median(raw)
-    return tuple(min(weight, cap) for weight in raw) if cap > 0 else tuple(raw)
+    trusted = [weight * trust(credit.get(claim.peer, 0.0), manifest) for weight, claim in zip(raw, claims, strict=True)]
+    cap = manifest.averaging.weight_cap * median(trusted)
+    return tuple(min(weight, cap) for weight in trusted) if cap > 0 else tuple(trusted)
 
 
-def aggregate(parts: Mapping[int, Vector], weights: Sequence[float], rule: RuleSection) -> Vector:
+def trust(credit: float, manifest: RunManifest) -> float:
+    """Share of its weight that a peer has earned: a quarter at first, all of it after `probation_rounds`.
+
+    It grows linearly with the audio that was merged, so a fresh identity costs rounds of work.
+
+    Args:
+        credit: seconds of audio of the peer's merged claims.
+    """
+    probation = manifest.averaging.probation_rounds * manifest.seconds_per_assignment
+    if credit >= probation:
+        return 1.0
+    return NEWCOMER_TRUST + (1 - NEWCOMER_TRUST) * (credit / probation)
+
+
+@dataclass(frozen=True, slots=True)
+class Center:
+    """Where `centered-clip` starts, and who shares a bucket.
+
+    Attributes:
+        reference: the same part of the last round's aggregate; None, for zeros, before the first.
+        order: all positions of the group, as :func:`drawn_order` gives them.
+    """
+
+    reference: Vector | None
+    order: Sequence[int]
+
+
+def drawn_order(state: bytes, peers: Sequence[str]) -> tuple[int, ...]:
+    """Positions of a group's peers in the order of BLAKE3(state ‖ peer): a draw that no leader can bend.
+
+    Args:
+        state: digest of the state that the round starts from.
+        peers: in the group's order.
+    """
+    return tuple(sorted(range(len(peers)), key=lambda position: digest("bucket", state + peers[position].encode())))
+
+
+def aggregate(parts: Mapping[int, Vector], weights: Sequence[float], rule: RuleSection, center: Center) -> Vector:
     """One part of the aggregate, by the manifest's rule.
 
     Args:
         parts: position in the group → decoded part, all of one length; at least one.
         weights: weight of every position, see :func:`weights`; only `mean` uses them, for elsewhere a
             large weight is what a hostile member would want.
+        center: what `centered-clip` starts from; the other rules do not use it.
     """
     clipped = clip(parts, rule.clip_norm)
     if rule.kind == "mean":
         return weighted_mean(clipped, weights)
+    if rule.kind == "centered-clip":
+        drawn = [clipped[position] for position in center.order if position in clipped]
+        return centered_clip(drawn, center.reference, rule)
     stack = [clipped[position] for position in sorted(clipped)]
     if rule.kind == "krum":
         return krum(stack, rule.hostile)
@@ -82,10 +136,7 @@ def clip(parts: Mapping[int, Vector], multiple: float | None) -> dict[int, Vecto
         return dict(parts)
     lengths = {position: norm(part) for position, part in parts.items()}
     limit = multiple * median(lengths.values())
-    return {
-        position: np.multiply(part, np.float32(limit / lengths[position])) if lengths[position] > limit else part
-        for position, part in parts.items()
-    }
+    return {position: _shortened(part, lengths[position], limit) for position, part in parts.items()}
 
 
 def weighted_mean(parts: Mapping[int, Vector], weights: Sequence[float]) -> Vector:
@@ -115,7 +166,7 @@ def trimmed_mean(parts: Sequence[Vector], trim: float) -> Vector:
     count = len(parts)
     cut = min(int(trim * count), (count - 1) // 2)
     kept = np.sort(np.stack(parts), axis=0)[cut : count - cut]
-    return weighted_mean(dict(enumerate(kept)), (1.0,) * len(kept))
+    return _mean(list(kept))
 
 
 def krum(parts: Sequence[Vector], hostile: float) -> Vector:
@@ -131,6 +182,26 @@ def krum(parts: Sequence[Vector], hostile: float) -> Vector:
     return parts[scores.index(min(scores))]
 
 
+def centered_clip(parts: Sequence[Vector], reference: Vector | None, rule: RuleSection) -> Vector:
+    """From a reference towards the parts, each of which pulls only so far (Karimireddy et al. 2021).
+
+    Every `bucket` parts are averaged first, which makes honest ones more alike where members' data
+    differ (Karimireddy et al. 2022). Then v ← v + mean(clip(x − v, τ)), `iterations` times over the
+    buckets x, where τ is `radius` times their median distance from the reference.
+
+    Args:
+        parts: in the order in which they fill the buckets; at least one.
+        reference: where v starts; None for zeros.
+    """
+    buckets = [_mean(parts[first : first + rule.bucket]) for first in range(0, len(parts), rule.bucket)]
+    center = np.zeros_like(parts[0]) if reference is None else reference
+    limit = rule.radius * median(norm(bucket - center) for bucket in buckets)
+    for _ in range(rule.iterations):
+        pulls = [bucket - center for bucket in buckets]
+        center = center + _mean([_shortened(pull, norm(pull), limit) for pull in pulls])
+    return center
+
+
 def norm(vector: Vector) -> float:
     """L2 norm, the same bits everywhere: squares in float64, summed by halving."""
     values: npt.NDArray[np.float64] = np.square(vector, dtype=np.float64)
@@ -139,3 +210,11 @@ def norm(vector: Vector) -> float:
         values[: count - half] += values[half:]
         values = values[:half]
     return sqrt(float(values[0])) if len(values) else 0.0
+
+
+def _mean(parts: Sequence[Vector]) -> Vector:
+    return weighted_mean(dict(enumerate(parts)), (1.0,) * len(parts))
+
+
+def _shortened(part: Vector, length: float, limit: float) -> Vector:
+    return np.multiply(part, np.float32(limit / length)) if length > limit else part

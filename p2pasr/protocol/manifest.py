@@ -11,6 +11,7 @@ import json
 import re
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import yaml
@@ -96,13 +97,24 @@ class OuterSection(_Section):
 class RuleSection(_Section):
     """How several deltas become one; `p2pasr.averaging.rules` says what each tolerates."""
 
-    kind: Literal["mean", "trimmed-mean", "median", "krum"] = "mean"
+    kind: Literal["mean", "trimmed-mean", "median", "krum", "centered-clip"] = "mean"
     clip_norm: Annotated[float, Field(ge=1)] | None = 2.0
     """No part counts with a norm above this multiple of the median of the group's; null for no limit."""
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
     """Share of values that `trimmed-mean` leaves out at each end."""
     hostile: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
     """Share of members that `krum` allows for."""
+    bucket: Annotated[int, Field(ge=1, le=64)] = 2
+    """Members that `centered-clip` draws together and averages before it clips; 1 for none."""
+    iterations: Annotated[int, Field(ge=1, le=100)] = 3
+    """How often `centered-clip` moves its center."""
+    radius: Annotated[float, Field(gt=0)] = 1.0
+    """How far a bucket pulls `centered-clip` at most, as a multiple of the median distance from the reference."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the rule starts from the last round's aggregate, which the state then holds."""
+        return self.kind == "centered-clip"
 
 
 class AveragingSection(_Section):
@@ -117,6 +129,8 @@ class AveragingSection(_Section):
     """Values in one part, the unit of reduction."""
     weight_cap: Annotated[float, Field(ge=1)] = 4.0
     """No claim weighs more than this multiple of the median claim."""
+    probation_rounds: Annotated[int, Field(ge=0, le=1_000_000)] = 4
+    """Rounds' worth of merged audio until a peer's claims weigh in full; a newcomer's weigh a quarter. 0 for none."""
     max_group: Annotated[int, Field(ge=2, le=64)] = 64
     outer: OuterSection = OuterSection()
 
@@ -225,6 +239,11 @@ class RunManifest(RunConfig):
         """The most seconds of audio that one round can merge: a full group, every member with the longest shards."""
         longest = sorted((shard.seconds for shard in self.shards), reverse=True)
         return self.averaging.max_group * sum(longest[: self.rounds.shards_per_peer])
+
+    @cached_property
+    def seconds_per_assignment(self) -> float:
+        """Seconds of audio that the shards assigned to a peer for one round hold on average."""
+        return fmean(shard.seconds for shard in self.shards) * min(self.rounds.shards_per_peer, len(self.shards))
 
     def write(self, path: Path) -> None:
         """Write the manifest for people to read and share, as JSON."""

@@ -19,6 +19,7 @@ class RoundView:
     Attributes:
         round, state: the round, and the digest of the state it starts from.
         covered: hex digest of a shard → merged claims that named it in this epoch.
+        credit: peer → seconds of audio of its merged claims.
     """
 
     manifest: RunManifest
@@ -26,6 +27,7 @@ class RoundView:
     round: int
     state: bytes
     covered: Mapping[str, int]
+    credit: Mapping[str, float]
     _assigned: dict[str, tuple[bytes, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def assigned(self, peer: str) -> tuple[bytes, ...]:

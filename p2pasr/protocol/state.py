@@ -9,10 +9,11 @@ from math import isfinite
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from p2pasr.errors import Reject
 from p2pasr.protocol.encoding import DIGEST_BYTES, blob_digest
-from p2pasr.protocol.manifest import RunManifest
+from p2pasr.protocol.manifest import RuleSection, RunManifest
 from p2pasr.protocol.messages import Claim
 from p2pasr.protocol.tensors import Tensors, tensor_pieces, unpack_tensors
 
@@ -20,6 +21,7 @@ FORMAT: Final = "p2pasr-state/1"
 NO_PARENT: Final = bytes(DIGEST_BYTES)
 
 _PARAM, _MOMENT = "param/", "moment/"
+_REFERENCE = "reference/"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class State:
         round: the round that will be trained from this state.
         parent: digest of the state one round earlier; zeros before round 0.
         params: name → float32, the trained parameters.
-        moments: name → float32, what the outer optimizer remembers; may be empty.
+        moments: name → float32, what the outer optimizer and the averaging rule remember; may be empty.
         epoch: how often all shards have been covered.
         covered: hex digest of a shard → merged claims that named it in this epoch.
         credit: peer → seconds of audio of its merged claims.
@@ -73,6 +75,12 @@ class State:
         return blob_digest(*self.pieces)
 
     @property
+    def reference(self) -> Tensors:
+        """The last round's aggregate, like `params`; empty if the averaging rule starts from none, and in round 0."""
+        names = {name: _REFERENCE + name for name in self.params}
+        return {name: self.moments[moment] for name, moment in names.items() if moment in self.moments}
+
+    @property
     def work(self) -> float:
         """Seconds of audio merged since the start of the run."""
         return sum(self.credit[peer] for peer in sorted(self.credit))
@@ -91,10 +99,11 @@ def params_digest(params: Tensors) -> bytes:
 def max_state_bytes(manifest: RunManifest) -> int:
     """The longest blob that can be a state of this run, decided before one is fetched.
 
-    Parameters and at most two moments of four bytes each; a megabyte for headers and the ledger, and
-    a generous 128 bytes a shard.
+    Parameters, at most two moments and the rule's reference, if it needs one, of four bytes each; a
+    megabyte for headers and the ledger, and a generous 128 bytes a shard.
     """
-    return 3 * 4 * manifest.parameters + (1 << 20) + 128 * len(manifest.shards)
+    copies = 4 if manifest.averaging.rule.needs_reference else 3
+    return copies * 4 * manifest.parameters + (1 << 20) + 128 * len(manifest.shards)
 
 
 def parse_state(blob: bytes, manifest: RunManifest, like: Tensors) -> State:
@@ -115,8 +124,11 @@ def parse_state(blob: bytes, manifest: RunManifest, like: Tensors) -> State:
         raise Reject("a state holds other parameters than this run trains")
     if not all(np.isfinite(value).all() for value in tensors.values()):
         raise Reject("a state holds values that are not finite")
+    reference = {_REFERENCE + name: name for name in params} if manifest.averaging.rule.needs_reference else {}
+    if 0 < len(reference.keys() & moments.keys()) < len(reference):
+        raise Reject("a state holds its reference in part")
     for name, moment in moments.items():
-        moved = params.get(name.removeprefix("first/").removeprefix("second/"))
+        moved = params.get(reference.get(name, name.removeprefix("first/").removeprefix("second/")))
         if moved is None or (moment.shape, moment.dtype) != (moved.shape, moved.dtype):
             raise Reject("a state's moments do not fit its parameters")
     _check_ledger(meta, manifest)
@@ -170,14 +182,10 @@ def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params
 
     Args:
         claims: those that are in every part of the average; their order does not matter.
-        params, moments: what the outer optimizer made of the average.
+        params, moments: what the outer optimizer made of the average, see :func:`remember` for more moments.
     """
     merged = sorted(claims, key=lambda claim: claim.peer)
     covered, ended = cover(state.covered, merged, manifest)
-    credit = dict(state.credit)
-    seconds = shard_seconds(manifest)
-    for claim in merged:
-        credit[claim.peer] = credit.get(claim.peer, 0.0) + trained_seconds(claim, manifest, seconds)
     return State(
         run=state.run,
         round=state.round + 1,
@@ -186,8 +194,15 @@ def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params
         moments=moments,
         epoch=state.epoch + ended,
         covered=covered,
-        credit=credit,
+        credit=earn(state.credit, merged, manifest),
     )
+
+
+def remember(moments: Tensors, average: Mapping[str, npt.NDArray[Any]], rule: RuleSection) -> Tensors:
+    """The moments of the next state: the outer optimizer's, and the average itself if the rule starts from it."""
+    if not rule.needs_reference:
+        return moments
+    return moments | {_REFERENCE + name: value for name, value in average.items()}
 
 
 def shard_seconds(manifest: RunManifest) -> dict[str, float]:
@@ -218,6 +233,15 @@ def cover(covered: Mapping[str, int], merged: Iterable[Claim], manifest: RunMani
     if all(counted.get(shard.digest, 0) >= manifest.data.redundancy for shard in manifest.shards):
         return {}, True
     return dict(sorted(counted.items())), False
+
+
+def earn(credit: Mapping[str, float], merged: Iterable[Claim], manifest: RunManifest) -> dict[str, float]:
+    """Credit merged claims to their peers: peer → seconds of audio."""
+    earned = dict(credit)
+    seconds = shard_seconds(manifest)
+    for claim in merged:
+        earned[claim.peer] = earned.get(claim.peer, 0.0) + trained_seconds(claim, manifest, seconds)
+    return earned
 
 
 def describe(state: State) -> dict[str, Any]:

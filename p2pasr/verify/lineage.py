@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from p2pasr.errors import RemoteError
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.rules import RoundView
-from p2pasr.protocol.state import State, cover
+from p2pasr.protocol.state import State, cover, earn
 from p2pasr.verify.record import RoundRecord, check_record
 
 
@@ -33,14 +33,16 @@ def follow(
         start: the state before the first record's round.
         average: an encoded average by its digest, None where it is not kept.
     """
-    number, state, covered = start.round, start.digest, start.covered
+    number, state, covered, credit = start.round, start.digest, start.covered, start.credit
     for record in records:
-        view = RoundView(manifest, manifest.run_id, number, state, covered)
+        view = RoundView(manifest, manifest.run_id, number, state, covered, credit)
         try:
             check_record(record, view, average(record.average))
         except RemoteError as error:
             yield Checked(record, str(error))
             return
         yield Checked(record, None)
-        covered, _ = cover(covered, record.merged(), manifest)
+        merged = record.merged()
+        covered, _ = cover(covered, merged, manifest)
+        credit = earn(credit, merged, manifest)
         number, state = number + 1, record.after

@@ -46,7 +46,12 @@ def test_a_peer_trains_a_task_of_ones_own(shards: Path, folder: Path) -> None:
     task = MeanMel()
     assert isinstance(task, Task)
     config = RunConfig.model_validate(
-        {"name": "mean", "task": {"kind": "mean-mel"}, "rounds": {"rounds": 4, "segments": 2, "shards_per_peer": 3}}
+        {
+            "name": "mean",
+            "task": {"kind": "mean-mel"},
+            "rounds": {"rounds": 4, "segments": 2, "shards_per_peer": 3},
+            "averaging": {"rule": {"kind": "centered-clip"}, "outer": {"kind": "nesterov", "momentum": 0.1}},
+        }
     )
     manifest = new_run(config, shards, task=task)
     options = PeerOptions(state_dir=folder, seed_data=shards, host_maddrs=("/ip4/127.0.0.1/tcp/0",))
@@ -56,4 +61,5 @@ def test_a_peer_trains_a_task_of_ones_own(shards: Path, folder: Path) -> None:
         with Peer(manifest, options, task=task) as peer:
             assert list(peer.rounds()) == rounds
             state = peer.state
+        assert state.reference.keys() == state.params.keys(), "the next round starts from this one's average"
     assert task.evaluate(state.params, paths)["distance"] < 0.2 * task.evaluate(None, paths)["distance"]

@@ -96,7 +96,7 @@ def make_state(manifest: RunManifest) -> State:
 
 def view_of(manifest: RunManifest, state: State) -> RoundView:
     """What a peer that holds this state judges the round by."""
-    return RoundView(manifest, state.run, state.round, state.digest, state.covered)
+    return RoundView(manifest, state.run, state.round, state.digest, state.covered, state.credit)
 
 
 def make_claim(who: Identity, manifest: RunManifest, held: State, /, **changes: Any) -> Claim:
@@ -211,13 +211,14 @@ def finish_round(manifest: RunManifest, before: State, after: bytes | None = Non
     members = tuple(
         seal(who, delta_claim(who, manifest, before, delta)) for who, delta in zip(identities, deltas, strict=True)
     )
-    weights = rules.weights([member.message for member in members], manifest)
+    weights = rules.weights([member.message for member in members], manifest, before.credit)
+    center = rules.Center(None, rules.drawn_order(before.digest, [who.peer for who in identities]))
     encoded = [layout.encode(delta) for delta in deltas]
     results = {}
     for index in range(layout.parts):
         size = layout.part_size(index)
         parts = {position: layout.codec.decode(encoded[position][index], size) for position in range(3)}
-        results[index] = layout.codec.encode(rules.aggregate(parts, weights, manifest.averaging.rule))
+        results[index] = layout.codec.encode(rules.aggregate(parts, weights, manifest.averaging.rule, center))
     shares = ({0: results[0]}, {index: results[index] for index in range(1, layout.parts)})
     receipts = tuple(
         seal(who, make_receipt(who, before, members, share)) for who, share in zip(identities[:2], shares, strict=True)

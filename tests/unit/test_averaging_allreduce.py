@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from p2pasr.averaging.matchmaking import Group
 from p2pasr.averaging.merkle import Tree, part_digests
 from p2pasr.averaging.partfile import PartFile
 from p2pasr.averaging.reducer import PartReducer
-from p2pasr.averaging.rules import weighted_mean, weights
+from p2pasr.averaging.rules import Center, aggregate, drawn_order, weighted_mean, weights
 from p2pasr.averaging.shares import split
 from p2pasr.errors import Ignore, LocalError, Reject, TransportError
 from p2pasr.peers import host as host_module
 from p2pasr.peers.host import Host
 from p2pasr.protocol.encoding import blob_digest, pack, unpack
+from p2pasr.protocol.manifest import RuleSection
 from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Claim, PartReceipt, Receipt, Signed, seal, unseal
 from p2pasr.protocol.rules import check_receipts
 from p2pasr.verify.conflict import Conflict, contradict
@@ -62,7 +64,7 @@ def members_of(count: int, reducers: tuple[int, ...] | None = None) -> Members:
         seal(make_identity(n + 1), delta_claim(make_identity(n + 1), MANIFEST, STATE, random_delta(n)))
         for n in range(count)
     )
-    weighing = weights([claim.message for claim in claims], MANIFEST)
+    weighing = weights([claim.message for claim in claims], MANIFEST, {})
     return Members(GROUP, claims, shares_of(count, reducers), weighing, frozenset(reducers or range(count)))
 
 
@@ -90,10 +92,11 @@ def test_a_member_has_a_position_and_a_stranger_has_none() -> None:
 class Bench:
     """A reducer of some parts, and what comes out of it."""
 
-    def __init__(self, members: Members, indices: range) -> None:
+    def __init__(self, members: Members, indices: range, reference: PartFile | None = None) -> None:
         self.members = members
         self.kept: dict[int, bytes] = {}
-        self.reducer = PartReducer(members, LAYOUT, indices, set(range(len(members.claims))), self.kept.__setitem__)
+        everybody = set(range(len(members.claims)))
+        self.reducer = PartReducer(members, LAYOUT, indices, everybody, self.kept.__setitem__, reference)
 
     def submit(self, position: int, index: int) -> None:
         self.reducer.submit(position, index, encoded(position)[index])
@@ -228,6 +231,29 @@ def test_what_comes_late_is_not_kept() -> None:
     on_the_bench(story)
 
 
+def test_centered_clip_starts_from_the_references_part_and_fills_buckets_by_lot(tmp_path: Path) -> None:
+    last = random_delta(9)
+    path = tmp_path / "reference"
+    path.write_bytes(b"".join(LAYOUT.encode(last)))
+    members = dataclasses.replace(members_of(8), rule=RuleSection(kind="centered-clip", radius=0.5))
+    order = drawn_order(STATE.digest, [claim.message.peer for claim in members.claims])
+
+    async def story(reference: PartFile | None) -> None:
+        bench = Bench(members, range(PARTS), reference)
+        for index, position in itertools.product(range(PARTS), (2, 0, 1, 7, 5, 6, 4, 3)):
+            bench.submit(position, index)
+        for index in range(PARTS):
+            cut = slice(256 * index, 256 * index + LAYOUT.part_size(index))
+            center = Center(last[cut] if reference else None, order)
+            parts = {position: random_delta(position)[cut] for position in range(8)}
+            expected = LAYOUT.codec.encode(aggregate(parts, members.weights, members.rule, center))
+            assert (await bench.result(index))[0] == expected
+
+    asyncio.run(story(None))
+    with PartFile(path, LAYOUT) as reference:
+        asyncio.run(story(reference))
+
+
 def gathered(claim: Signed[Claim], /, **changes: Any) -> bytes:
     return pack({"claim": claim.pack(), "reduces": True, "rates": {}, "failed": (), **changes})
 
@@ -247,6 +273,13 @@ def test_a_group_of_valid_claims_becomes_members_in_its_order() -> None:
     assert checked == dataclasses.replace(members, group=group_id(group_of(members)))
     some = check_group(group_of(members, (True, False, True)), VIEW, members.claims[1])
     assert some.reducers == (0, 2)
+
+
+def test_members_weigh_what_the_ledger_of_the_state_trusts_them_with() -> None:
+    members = members_of(3)
+    credit = {members.claims[1].message.peer: 1e6}
+    checked = check_group(group_of(members), dataclasses.replace(VIEW, credit=credit), members.claims[0])
+    assert checked.weights == weights([claim.message for claim in members.claims], MANIFEST, credit) != members.weights
 
 
 def test_a_peer_alone_reduces_even_in_client_mode() -> None:
@@ -899,8 +932,10 @@ def call_of(host: Host, claim: Signed[Claim], delta: bytes) -> dict[str, Any]:
         "round": STATE.round,
         "state": STATE.digest,
         "covered": {},
+        "credit": {},
         "claim": claim.pack(),
         "delta": host.store.put("delta", delta),
+        "reference": None,
         "expected": (host.peer,),
         "shunned": (),
         "min_size": 1,
@@ -921,6 +956,34 @@ def test_a_peer_alone_averages_with_itself_through_its_store(tmp_path: Path) -> 
         check_receipts([unseal(receipt, Receipt)], answer["group"], (claim,), PARTS)
 
     in_a_swarm(tmp_path, story, 1, (0,))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_reference_comes_from_the_store_and_is_not_used_when_it_is_damaged(tmp_path: Path, damaged: bool) -> None:
+    centered = make_manifest(averaging={"rule": {"kind": "centered-clip", "radius": 0.25, "iterations": 1}})
+    state = make_state(centered)
+    who = make_identity(1)
+    claim = seal(who, delta_claim(who, centered, state, random_delta(0)))
+    last = random_delta(9)
+
+    async def main() -> None:
+        async with LocalNetwork(tmp_path, state.run) as network:
+            host = network.host(1)
+            await AllReduce().start(host)
+            host.store.put("manifest", centered.canonical())
+            reference = host.store.put("average", b"".join(LAYOUT.encode(last)))
+            call = call_of(host, claim, b"".join(encoded(0))) | {"state": state.digest, "reference": reference}
+            if damaged:
+                (tmp_path / "blobs 1" / "average" / reference.hex()).write_bytes(bytes(LAYOUT.total_bytes))
+                with pytest.raises(TransportError, match="was damaged on disk"):
+                    await host.calls["average"](call)
+                assert host.store.find(reference) is None, "so that the next attempt writes it anew"
+                return
+            answer = await host.calls["average"](call)
+            average = LAYOUT.decode(host.store.get(answer["average"]))
+            np.testing.assert_allclose(average, 0.75 * last + 0.25 * random_delta(0), rtol=1e-4, atol=1e-5)
+
+    asyncio.run(main())
 
 
 def test_a_delta_other_than_the_claims_is_not_averaged(tmp_path: Path) -> None:

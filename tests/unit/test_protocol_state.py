@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2pasr.averaging import outer
 from p2pasr.errors import Reject
 from p2pasr.protocol.encoding import blob_digest
-from p2pasr.protocol.manifest import RunManifest
+from p2pasr.protocol.manifest import OuterSection, RunManifest
 from p2pasr.protocol.messages import Claim
 from p2pasr.protocol.state import (
     NO_PARENT,
@@ -23,6 +24,7 @@ from p2pasr.protocol.state import (
     max_state_bytes,
     params_digest,
     parse_state,
+    remember,
     trained_seconds,
 )
 from p2pasr.protocol.state import shard_seconds as seconds_of
@@ -47,6 +49,20 @@ def claims_of(state: State, count: int, manifest: RunManifest = MANIFEST, **chan
 
 
 LATER = moved(GENESIS, claims_of(GENESIS, 2))
+
+CENTERED = make_manifest(averaging={"rule": {"kind": "centered-clip"}})
+AVERAGE = {name: value * np.float32(0.25) for name, value in LIKE.items()}
+
+
+def centered(kind: Any = "fedadam", rounds: int = 2) -> State:
+    """The state after some rounds with a rule that starts from the last round's aggregate."""
+    state = make_state(CENTERED)
+    for number in range(rounds):
+        section = OuterSection(kind=kind)
+        params, moments = outer.step(state.params, state.moments, AVERAGE, section, number)
+        moments = remember(moments, AVERAGE, CENTERED.averaging.rule)
+        state = advance(state, CENTERED, [], params, moments)
+    return state
 
 
 def test_the_first_state_follows_from_the_manifest_alone() -> None:
@@ -199,6 +215,67 @@ def test_a_state_with_a_value_that_is_not_finite_is_refused(name: str, value: fl
 def test_a_state_whose_moments_do_not_fit_its_parameters_is_refused(moments: Tensors) -> None:
     with pytest.raises(Reject):
         parse_state(dataclasses.replace(LATER, moments=moments).blob, MANIFEST, LIKE)
+
+
+@pytest.mark.parametrize("kind", ["fedavg", "fedavgm", "nesterov", "fedadam"])
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_a_state_with_a_reference_survives_its_blob(kind: Any, rounds: int) -> None:
+    state = centered(kind, rounds)
+    read = parse_state(state.blob, CENTERED, LIKE)
+    assert read.digest == state.digest
+    assert read.reference.keys() == (AVERAGE.keys() if rounds else set())
+    assert all(read.reference[name].tobytes() == AVERAGE[name].tobytes() for name in read.reference)
+    assert read.moments.keys() == state.moments.keys()
+
+
+def test_the_reference_leaves_with_its_round_and_the_outer_optimizers_moments_stay() -> None:
+    state = centered("nesterov")
+    other = {name: value + np.float32(1) for name, value in AVERAGE.items()}
+    _, moments = outer.step(state.params, state.moments, other, OuterSection(kind="nesterov"), 2)
+    _, plain = outer.step(
+        state.params, {name: state.moments[name] for name in LIKE}, other, OuterSection(kind="nesterov"), 2
+    )
+    assert moments.keys() == plain.keys() == LIKE.keys()
+    assert all(moments[name].tobytes() == plain[name].tobytes() for name in LIKE)
+    after = advance(state, CENTERED, [], state.params, remember(moments, other, CENTERED.averaging.rule))
+    assert all(after.reference[name].tobytes() == other[name].tobytes() for name in LIKE)
+
+
+def test_a_rule_that_needs_no_reference_keeps_none() -> None:
+    assert remember(LATER.moments, AVERAGE, MANIFEST.averaging.rule) == LATER.moments
+    assert LATER.reference == {}
+
+
+def test_a_state_with_a_reference_is_none_of_a_run_whose_rule_needs_none() -> None:
+    moments = remember({}, AVERAGE, CENTERED.averaging.rule)
+    with pytest.raises(Reject, match="moments do not fit"):
+        parse_state(dataclasses.replace(LATER, moments=moments).blob, MANIFEST, LIKE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reference/encoder.a": None}, "holds its reference in part"),
+        ({"reference/decoder.b": AVERAGE["decoder.b"][:-1]}, "moments do not fit"),
+        ({"reference/decoder.b": AVERAGE["decoder.b"].astype(np.float16)}, "moments do not fit"),
+        ({"reference/decoder.c": AVERAGE["decoder.b"]}, "moments do not fit"),
+        ({"reference/first/decoder.b": AVERAGE["decoder.b"]}, "moments do not fit"),
+        ({"reference/decoder.b": AVERAGE["decoder.b"] + np.float32(np.inf)}, "not finite"),
+    ],
+)
+def test_a_state_whose_reference_does_not_fit_its_parameters_is_refused(change: dict[str, Any], message: str) -> None:
+    state = centered()
+    moments = {name: value for name, value in {**state.moments, **change}.items() if value is not None}
+    with pytest.raises(Reject, match=message):
+        parse_state(dataclasses.replace(state, moments=moments).blob, CENTERED, LIKE)
+
+
+def test_the_limit_of_a_state_counts_its_reference() -> None:
+    sizes = [
+        max_state_bytes(make_manifest(parameters=10**6, averaging={"part_values": 1 << 17, "rule": {"kind": kind}}))
+        for kind in ("mean", "centered-clip")
+    ]
+    assert sizes[1] - sizes[0] == 4 * 10**6
 
 
 def test_arrays_that_are_neither_parameters_nor_moments_are_refused() -> None:

@@ -19,10 +19,10 @@ from p2pasr.averaging.codec import Codec, Layout
 from p2pasr.averaging.merkle import Tree
 from p2pasr.protocol.assignment import assign, segment_seed
 from p2pasr.protocol.encoding import blob_digest, digest, keyed_bytes, pack
-from p2pasr.protocol.manifest import OuterSection
+from p2pasr.protocol.manifest import OuterSection, RuleSection
 from p2pasr.protocol.messages import message_digest, seal
 from p2pasr.protocol.signing import sign
-from p2pasr.protocol.state import advance
+from p2pasr.protocol.state import advance, remember
 from p2pasr.protocol.tensors import pack_tensors
 
 from .builders import (
@@ -67,6 +67,7 @@ VALUES: list[Any] = [
 ]
 
 WHO = make_identity(1)
+CENTERED_CLIP = RuleSection(kind="centered-clip", radius=0.7)
 
 
 def vectors() -> dict[str, str]:
@@ -130,6 +131,11 @@ def _averaging() -> Iterator[tuple[str, bytes]]:
     yield "merkle proof", b"".join(tree.prove(contents, 2))
     parts = {0: delta, 2: delta * np.float32(0.5), 1: delta[::-1].copy()}
     yield "weighted mean", rules.weighted_mean(parts, (60.0, 61.5, 200.0)).tobytes()
+    order = rules.drawn_order(digest_of("state"), [make_identity(number).peer for number in (1, 2, 3)])
+    yield "drawn order", bytes(order)
+    for reference in (None, delta * np.float32(0.3)):
+        clipped = rules.aggregate(parts, (1.0,) * 3, CENTERED_CLIP, rules.Center(reference, order))
+        yield f"centered clip {'without' if reference is None else 'with'} a reference", clipped.tobytes()
 
 
 def _states() -> Iterator[tuple[str, bytes]]:
@@ -146,6 +152,8 @@ def _states() -> Iterator[tuple[str, bytes]]:
         params, moments = outer.step(after.params, after.moments, delta, section, 1)
         last = advance(after, manifest, [], params, moments)
         yield f"state after two rounds of {kind}", last.digest
+    remembered = remember({}, delta, CENTERED_CLIP)
+    yield "state with a reference", advance(state, manifest, claims, state.params, remembered).digest
     yield "ledger", after.blob[8 : 8 + int.from_bytes(after.blob[:8], "little")]
 
 
