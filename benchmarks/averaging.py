@@ -148,6 +148,7 @@ class _Ours:
             "covered": {},
             "claim": seal(identity, claim).pack(),
             "delta": self.stores[index].put("delta", b"".join(parts)),
+            "limits": None,
             "expected": [identity.peer for identity in self.identities],
             "min_size": len(self.links),
             "window": WINDOW_SECONDS,

@@ -16,7 +16,7 @@ import numpy as np
 
 from p2pasr import __version__
 from p2pasr.averaging import outer
-from p2pasr.averaging.codec import Layout, flatten, unflatten
+from p2pasr.averaging.codec import Layout, Vector, flatten, unflatten
 from p2pasr.averaging.merkle import Tree, part_digests
 from p2pasr.errors import LocalError, NonFiniteStep, Reject, RemoteError, RoundFailed, TransportError
 from p2pasr.peers import sync as syncing
@@ -45,7 +45,7 @@ from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, advance
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.report import Report
-from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, Task
+from p2pasr.tasks.base import Bounded, Checkpoint, OnStep, SegmentPlan, Task
 from p2pasr.verify.record import RoundRecord, check_record, in_every_part
 from p2pasr.verify.trace import Trace, retain_traces
 
@@ -71,6 +71,9 @@ AVERAGE_SECONDS: Final = 300.0
 QUORUM_SECONDS: Final = 20.0
 ATTEMPTS: Final = 3
 """How often averaging is tried before the round starts over."""
+
+SLACK: Final = 1.01
+"""How much further than the task's bound a value may have moved: the optimizer's own arithmetic is rounded too."""
 
 SHARD_SECONDS: Final = 600.0
 STATUS_SECONDS: Final = 20.0
@@ -494,9 +497,14 @@ def _progress(member: Member, segment: int) -> OnStep:
 
 
 def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Trace, losses: Sequence[float]) -> Work:
-    """Encode the delta, commit to its parts and to the trace, write the claim down, publish it."""
+    """Encode the delta, commit to its parts and to the trace, write the claim down, publish it.
+
+    Raises:
+        LocalError: the delta is none that the task's optimizer can have made.
+    """
     member.step("commit", f"round {member.state.round}: committing to the delta")
     vector = flatten(end.params) - flatten(member.state.params)
+    check_moves(member, vector, len(losses))
     parts = Layout.of(member.manifest.parameters, member.manifest.averaging).encode(vector)
     delta = member.store.put("delta", b"".join(parts))
     rounds = member.manifest.rounds
@@ -524,6 +532,37 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
     member.journal.pend(Pending(member.state.round, member.state.digest, claim.pack(), delta, work.checkpoints))
     publish_claim(member, work)
     return work
+
+
+def check_moves(member: Member, delta: Vector, segments: int) -> None:
+    """Would others take this delta?
+
+    Raises:
+        LocalError: a value moved further than the task says that its optimizer can move one.
+    """
+    limits, largest = largest_values(member), float(np.abs(delta).max())
+    if limits is not None and largest > limits[segments - 1]:
+        raise LocalError(
+            f"round {member.state.round} was trained wrongly: a value moved by {largest:.4g}, and by the task's "
+            f"largest_move {segments} segments cannot move one by more than {limits[segments - 1]:.4g}, so that others "
+            f"would refuse it; correct the task's segment or its largest_move"
+        )
+
+
+def largest_values(member: Member) -> tuple[float, ...] | None:
+    """The most that a value of a decoded delta can be after 1, 2, … segments of the round.
+
+    It follows from the state and the manifest, so that all peers have the same. None if the task states no bound.
+    """
+    task, rounds = member.task, member.manifest.rounds
+    if not isinstance(task, Bounded):
+        return None
+    in_round = rounds.segments * rounds.steps_per_segment
+    first, total = member.state.round * in_round, rounds.rounds * in_round
+    counts = range(rounds.steps_per_segment, in_round + 1, rounds.steps_per_segment)
+    moves = [task.largest_move(member.state.params, first, steps, total) for steps in counts]
+    codec = Layout.of(member.manifest.parameters, member.manifest.averaging).codec
+    return tuple(codec.ceiling(SLACK * move) for move in moves)
 
 
 def resume(member: Member) -> Work | None:
@@ -599,6 +638,7 @@ def average(member: Member, work: Work, expected: set[str]) -> Merged:
         covered=dict(member.state.covered),
         claim=work.claim.pack(),
         delta=work.delta,
+        limits=largest_values(member),
         expected=sorted(expected),
         min_size=member.manifest.rounds.min_peers,
         window=GROUP_WINDOW_SECONDS,

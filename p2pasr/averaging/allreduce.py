@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
+
 from p2pasr.averaging import rules
 from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.matchmaking import Group, Matchmaker
@@ -34,7 +36,7 @@ from p2pasr.protocol.messages import (
     seal,
     unseal,
 )
-from p2pasr.protocol.rules import RoundView, check_claim, check_receipts
+from p2pasr.protocol.rules import RoundView, check_claim, check_part, check_receipts
 from p2pasr.protocol.signing import short
 
 SENDER_SECONDS: Final = 20.0
@@ -56,6 +58,7 @@ class Members:
         reducers: positions of those that reduce (all but peers in client mode).
         weights: weight of each claim.
         rule: how their parts become one.
+        limits: the most that a value of a delta can be after 1, 2, … segments; None if nothing is known of that.
     """
 
     group: bytes
@@ -63,6 +66,7 @@ class Members:
     reducers: tuple[int, ...]
     weights: tuple[float, ...]
     rule: RuleSection = field(default_factory=RuleSection)
+    limits: Sequence[float] | None = None
 
     def position(self, peer: str) -> int:
         """A member's position.
@@ -187,7 +191,8 @@ class AllReduce:
 
         Args:
             args: round, state, covered (the view); claim (packed, ours); delta (digest of the encoded
-                one); expected (peers, ours among them), min_size, window, timeout (of the group).
+                one); limits (see :class:`Members`); expected (peers, ours among them), min_size, window,
+                timeout (of the group).
 
         Returns:
             group, members (packed claims), receipts (packed), average (digest of the encoded result).
@@ -209,7 +214,7 @@ class AllReduce:
             timeout=args["timeout"],
             admit=lambda peer, gather: _check_gathered(peer, gather, view),
         )
-        members = _check_group(group, view, claim)
+        members = _check_group(group, view, claim, args["limits"])
         self._host.emit({"event": "group", "peers": list(group.peers), "id": group.id})
         results, receipts = await self._run(members, layout, parts, digests, view)
         average = self._host.store.put("average", b"".join(results), durable=False)
@@ -369,17 +374,22 @@ async def _receive_parts(stream: Stream, session: Session, position: int, digest
         data = await stream.receive_frame(size, SENDER_SECONDS)
         if len(data) != size or blob_digest(data) != digests[index]:
             raise Reject(f"part {index} of {short(stream.peer)} is not the one it committed to")
-        await _check_decodes(session.layout, index, data)  # in the reduction it would cost everybody the part
+        largest = await _check_decodes(session.layout, index, data)  # later it would cost everybody the part
+        check_part(index, largest, session.members.claims[position].message, session.members.limits)
         session.reducer.submit(position, index, data)
 
 
-async def _check_decodes(layout: Layout, index: int, data: bytes) -> None:
-    """Decode a part, off the event loop, only to see that it can be.
+async def _check_decodes(layout: Layout, index: int, data: bytes) -> float:
+    """Decode a part, off the event loop, to see that it can be, and how large its largest magnitude is.
 
     Raises:
         Reject: it cannot.
     """
-    await asyncio.get_running_loop().run_in_executor(None, layout.codec.decode, data, layout.part_size(index))
+
+    def largest() -> float:
+        return float(np.abs(layout.codec.decode(data, layout.part_size(index))).max())
+
+    return await asyncio.get_running_loop().run_in_executor(None, largest)
 
 
 def _delta_tree(claim: Claim) -> Tree:
@@ -402,7 +412,7 @@ def _check_gathered(peer: str, gathered: bytes, view: RoundView) -> tuple[Signed
     return claim, brought["reduces"]
 
 
-def _check_group(group: Group, view: RoundView, ours: Signed[Claim]) -> Members:
+def _check_group(group: Group, view: RoundView, ours: Signed[Claim], limits: Sequence[float] | None = None) -> Members:
     """Check what the leader sent: every member's claim, and that ours is among them.
 
     Raises:
@@ -418,7 +428,7 @@ def _check_group(group: Group, view: RoundView, ours: Signed[Claim]) -> Members:
     if not reducers:
         raise TransportError("all peers of the group are in client mode, and a group needs one that others can reach")
     weights = rules.weights([claim.message for claim in claims], view.manifest)
-    return Members(group.id, claims, reducers, weights, view.manifest.averaging.rule)
+    return Members(group.id, claims, reducers, weights, view.manifest.averaging.rule, limits)
 
 
 def _are_digests(value: Any, count: int) -> bool:
