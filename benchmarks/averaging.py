@@ -10,7 +10,7 @@ import contextlib
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,7 +127,7 @@ class _Ours:
         blob = self.stores[index].put("delta", *parts)
         return self.call(index, number, blob, part_digests(parts), float(np.linalg.norm(delta)))
 
-    def call(self, index: int, number: int, delta: bytes, digests: list[bytes], length: float) -> dict[str, Any]:
+    def call(self, index: int, number: int, delta: bytes, digests: Sequence[bytes], length: float) -> dict[str, Any]:
         """The arguments of `average` for a delta that one of the peers committed to."""
         manifest, identity = self.manifest, self.identities[index]
         steps = manifest.rounds.segments * manifest.rounds.steps_per_segment
@@ -155,6 +155,7 @@ class _Ours:
             "claim": seal(identity, claim).pack(),
             "delta": delta,
             "reference": None,
+            "limits": None,
             "expected": [identity.peer for identity in self.identities],
             "shunned": (),
             "min_size": len(self.links),

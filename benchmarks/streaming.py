@@ -65,10 +65,10 @@ def _measure(values: int, peers: int, codec: str) -> Row:
         for index in range(peers):
             after = _trained(before, index)
             with _Peak(None) as peak:
-                delta, digests, length = write_delta(_member(swarm, index, before), Checkpoint(after))
+                encoded = write_delta(_member(swarm, index, before), Checkpoint(after))
             commit_peaks.append(peak.bytes)
             commit_seconds.append(peak.seconds)
-            calls.append(swarm.call(index, 0, delta, digests, length))
+            calls.append(swarm.call(index, 0, encoded.digest, encoded.parts, encoded.norm))
             del after
         watched = [_Peak(process.pid) for process in psutil.Process().children(recursive=True)]
         with ExitStack() as watching, ThreadPoolExecutor(peers) as pool:
@@ -80,17 +80,17 @@ def _measure(values: int, peers: int, codec: str) -> Row:
             delta = Decoded(store.get(answers[0]["average"]), layout, before)
             moved, _ = outer.step(before, {}, delta, section, 0)
         model_bytes = sum(array.nbytes for array in moved.values())
-    encoded = layout.total_bytes
+    total = layout.total_bytes
     network, apply_peak = sum(each.bytes for each in watched) // peers, applied.bytes - model_bytes
     return Row(
         values=values,
         peers=peers,
         codec=codec,
-        encoded_megabytes=encoded / 1e6,
+        encoded_megabytes=total / 1e6,
         commit_peak=max(commit_peaks) / 1e6,
         network_peak=network / 1e6,
         apply_peak=apply_peak / 1e6,
-        worst_multiple=max(*commit_peaks, network, apply_peak) / encoded,
+        worst_multiple=max(*commit_peaks, network, apply_peak) / total,
         seconds_commit=max(commit_seconds),
         seconds_average=max(each.seconds for each in watched),
         seconds_apply=applied.seconds,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from p2pasr.protocol.state import State
     from p2pasr.runs import evaluate, export, new_run
     from p2pasr.speech.prepare import Settings, prepare
-    from p2pasr.tasks import Checkpoint, SegmentPlan, SegmentReport, Task
+    from p2pasr.tasks import Bounded, Checkpoint, SegmentPlan, SegmentReport, Task
 
 _HOMES = {
     "LocalError": "p2pasr.errors",
@@ -36,6 +36,7 @@ _HOMES = {
     "new_run": "p2pasr.runs",
     "Settings": "p2pasr.speech.prepare",
     "prepare": "p2pasr.speech.prepare",
+    "Bounded": "p2pasr.tasks",
     "Checkpoint": "p2pasr.tasks",
     "SegmentPlan": "p2pasr.tasks",
     "SegmentReport": "p2pasr.tasks",
@@ -44,6 +45,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Bounded",
     "Checkpoint",
     "LocalError",
     "P2pasrError",

@@ -50,7 +50,7 @@ from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, advance, remember
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.report import Report
-from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, Task
+from p2pasr.tasks.base import Bounded, Checkpoint, OnStep, SegmentPlan, Task
 from p2pasr.verify.conflict import Conflict, contradict
 from p2pasr.verify.record import RoundRecord, check_record, in_every_part
 from p2pasr.verify.trace import Trace, retain_traces
@@ -80,6 +80,9 @@ QUORUM_SECONDS: Final = 20.0
 RECEIPTS_SECONDS: Final = 30.0
 ATTEMPTS: Final = 3
 """How often averaging is tried before the round starts over."""
+
+SLACK: Final = 1.01
+"""How much further than the task's bound a value may have moved: the optimizer's own arithmetic is rounded too."""
 
 SHARD_SECONDS: Final = 600.0
 STATUS_SECONDS: Final = 20.0
@@ -506,9 +509,14 @@ def _progress(member: Member, segment: int) -> OnStep:
 
 
 def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Trace, losses: Sequence[float]) -> Work:
-    """Encode the delta, commit to its parts and to the trace, write the claim down, publish it."""
+    """Encode the delta, commit to its parts and to the trace, write the claim down, publish it.
+
+    Raises:
+        LocalError: the delta is none that the task's optimizer can have made.
+    """
     member.step("commit", f"round {member.state.round}: committing to the delta")
-    delta, digests, length = write_delta(member, end)
+    encoded = write_delta(member, end)
+    check_moves(member, encoded.largest, len(losses))
     rounds = member.manifest.rounds
     steps = len(losses) * rounds.steps_per_segment
     claim = seal(
@@ -523,29 +531,42 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
             steps=steps,
             samples=steps * rounds.samples_per_step,
             trace_root=trace.root,
-            delta_root=Tree("delta", member.state.run, member.state.round, member.peer).root(digests),
-            delta_norm=length,
+            delta_root=Tree("delta", member.state.run, member.state.round, member.peer).root(encoded.parts),
+            delta_norm=encoded.norm,
             loss_before=losses[0],
             loss_after=losses[-1],
             hardware=member.task.hardware_class[:128],
         ),
     )
-    work = Work(claim, delta, tuple(trace.checkpoints))
-    member.journal.pend(Pending(member.state.round, member.state.digest, claim.pack(), delta, work.checkpoints))
+    work = Work(claim, encoded.digest, tuple(trace.checkpoints))
+    member.journal.pend(Pending(member.state.round, member.state.digest, claim.pack(), work.delta, work.checkpoints))
     publish_claim(member, work)
     return work
 
 
-def write_delta(member: Member, end: Checkpoint) -> tuple[bytes, list[bytes], float]:
-    """Encode what training changed into a blob, part by part.
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A delta in the blob store.
 
-    Returns:
-        The blob's digest, those of its parts, and the L2 norm of the delta before it was encoded.
+    Attributes:
+        digest: the blob's.
+        parts: digests of its parts.
+        norm: L2 norm of the delta before it was encoded.
+        largest: the largest magnitude in it, likewise.
     """
+
+    digest: bytes
+    parts: tuple[bytes, ...]
+    norm: float
+    largest: float
+
+
+def write_delta(member: Member, end: Checkpoint) -> Encoded:
+    """Encode what training changed into a blob, part by part."""
     layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
     before, after = Flat(member.state.params), Flat(end.params)
     digests: list[bytes] = []
-    squares = 0.0
+    squares = largest = 0.0
     member.store.make_room(layout.total_bytes)
     path = member.store.scratch("delta")
     try:
@@ -556,11 +577,43 @@ def write_delta(member: Member, end: Checkpoint) -> tuple[bytes, list[bytes], fl
                 file.write(index, encoded)
                 digests.append(blob_digest(encoded))
                 squares += norm(vector) ** 2
+                largest = max(largest, float(np.abs(vector).max()))
         delta = file_digest(path)
         member.store.commit(path, delta, "delta")
     finally:
         path.unlink(missing_ok=True)
-    return delta, digests, sqrt(squares)
+    return Encoded(delta, tuple(digests), sqrt(squares), largest)
+
+
+def check_moves(member: Member, largest: float, segments: int) -> None:
+    """Would others take a delta whose largest magnitude is this?
+
+    Raises:
+        LocalError: a value moved further than the task says that its optimizer can move one.
+    """
+    limits = largest_values(member)
+    if limits is not None and largest > limits[segments - 1]:
+        raise LocalError(
+            f"round {member.state.round} was trained wrongly: a value moved by {largest:.4g}, and by the task's "
+            f"largest_move {segments} segments cannot move one by more than {limits[segments - 1]:.4g}, so that others "
+            f"would refuse it; correct the task's segment or its largest_move"
+        )
+
+
+def largest_values(member: Member) -> tuple[float, ...] | None:
+    """The most that a value of a decoded delta can be after 1, 2, … segments of the round.
+
+    It follows from the state and the manifest, so that all peers have the same. None if the task states no bound.
+    """
+    task, rounds = member.task, member.manifest.rounds
+    if not isinstance(task, Bounded):
+        return None
+    in_round = rounds.segments * rounds.steps_per_segment
+    first, total = member.state.round * in_round, rounds.rounds * in_round
+    counts = range(rounds.steps_per_segment, in_round + 1, rounds.steps_per_segment)
+    moves = [task.largest_move(member.state.params, first, steps, total) for steps in counts]
+    codec = Layout.of(member.manifest.parameters, member.manifest.averaging).codec
+    return tuple(codec.ceiling(SLACK * move) for move in moves)
 
 
 def resume(member: Member) -> Work | None:
@@ -639,6 +692,7 @@ def average(member: Member, work: Work, expected: set[str]) -> Merged:
         claim=work.claim.pack(),
         delta=work.delta,
         reference=store_reference(member),
+        limits=largest_values(member),
         expected=sorted(expected),
         shunned=sorted(member.shunned),
         min_size=member.manifest.rounds.min_peers,

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
+import numpy as np
+
 from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.group import MAX_RATE, Brought, Members, check_gathered, check_group
 from p2pasr.averaging.matchmaking import Matchmaker
@@ -33,7 +35,7 @@ from p2pasr.peers.streams import Stream, patience
 from p2pasr.protocol.encoding import blob_digest, digest
 from p2pasr.protocol.manifest import RunManifest, parse_manifest
 from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Claim, PartReceipt, Receipt, Signed, seal, unseal
-from p2pasr.protocol.rules import RoundView, check_receipts
+from p2pasr.protocol.rules import RoundView, check_part, check_receipts
 from p2pasr.protocol.signing import short
 
 T = TypeVar("T")
@@ -155,8 +157,8 @@ class AllReduce:
         Args:
             args: round, state, covered, credit (the view); claim (packed, ours); delta (digest of the encoded
                 one); reference (digest of the encoded last aggregate, None where the rule needs none or before the
-                first); expected (peers, ours among them), shunned (peers that are not averaged with), min_size,
-                window, timeout (of the group).
+                first); limits (see :class:`Members`); expected (peers, ours among them), shunned (peers that are not
+                averaged with), min_size, window, timeout (of the group).
 
         Returns:
             group, members (packed claims), receipts (packed), average (digest of the encoded result).
@@ -188,7 +190,7 @@ class AllReduce:
                 timeout=args["timeout"],
                 admit=lambda peer, gather: check_gathered(peer, gather, view, args["shunned"]),
             )
-            members = check_group(group, view, claim, args["shunned"])
+            members = check_group(group, view, claim, args["limits"], args["shunned"])
             self._host.emit({"event": "group", "peers": list(group.peers), "id": members.group})
             session = await self._open(members, layout, view, delta, digests, reference)
             files.pop_all()  # the session closes them
@@ -433,7 +435,8 @@ class AllReduce:
                 measured, seconds = measured + size, seconds + time.monotonic() - began
             if len(data) != size or blob_digest(data) != digests[index]:
                 raise Reject(f"part {index} of {short(stream.peer)} is not the one it committed to")
-            await _check_decodes(session.layout, index, data)  # in the reduction it would cost everybody the part
+            largest = await _check_decodes(session.layout, index, data)  # later it would cost everybody the part
+            check_part(index, largest, session.members.claims[position].message, session.members.limits)
             session.reducer.submit(position, index, data)
         if measured >= MIN_MEASURED_BYTES:
             rate = min(measured / max(seconds, 1e-6), float(MAX_RATE))
@@ -531,13 +534,13 @@ async def _send_parts(stream: Stream, delta: PartFile, share: range) -> None:
         await stream.send_frame(delta.read(index))
 
 
-async def _check_decodes(layout: Layout, index: int, data: bytes) -> None:
-    """Decode a part, off the event loop, only to see that it can be.
+async def _check_decodes(layout: Layout, index: int, data: bytes) -> float:
+    """Decode a part, off the event loop, to see that it can be, and how large its largest magnitude is.
 
     Raises:
         Reject: it cannot.
     """
-    await _in_thread(layout.codec.decode, data, layout.part_size(index))
+    return float(np.abs(await _in_thread(layout.codec.decode, data, layout.part_size(index))).max())
 
 
 def _check_receipt(receipt: Signed[Receipt], peer: str, group: bytes, results: Mapping[int, bytes]) -> None:

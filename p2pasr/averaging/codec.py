@@ -27,6 +27,7 @@ CodecName = Literal["float32", "float16", "int8", "int4"]
 INT8_LIMIT: Final = np.float32(127)
 INT4_LIMIT: Final = np.float32(7)
 FLOAT16_LIMIT: Final = np.float32(65_504)
+FLOAT32_LIMIT: Final = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,14 @@ class Codec:
         quotients = rounded.reshape(-1)[: len(part)]
         packed = quotients if self.name == "int8" else _pack_halves(quotients)
         return bytes(scales.astype("<f4").tobytes() + packed.tobytes())
+
+    def ceiling(self, largest: float) -> float:
+        """No decoded value is larger in magnitude where no encoded one was larger than `largest`.
+
+        float16 rounds by a part in 2¹¹, and by 2⁻²⁵ below 6e-5, where its steps are equal; the others by less. For
+        infinity it is the largest value that there is.
+        """
+        return min(largest * (1 + 2.0**-11) + 2.0**-25, FLOAT32_LIMIT)
 
     def decode(self, data: bytes | memoryview, values: int) -> Vector:
         """Decode a part; the same bytes give the same bits on every machine.

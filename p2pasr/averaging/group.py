@@ -60,6 +60,7 @@ class Members:
         weights: weight of each claim.
         reachable: positions of those that accept connections.
         rule: how their parts become one.
+        limits: the most that a value of a delta can be after 1, 2, … segments; None if nothing is known of that.
     """
 
     group: bytes
@@ -68,6 +69,7 @@ class Members:
     weights: tuple[float, ...]
     reachable: frozenset[int]
     rule: RuleSection = field(default_factory=RuleSection)
+    limits: Sequence[float] | None = None
 
     def position(self, peer: str) -> int:
         """A member's position.
@@ -120,7 +122,13 @@ def check_gathered(peer: str, gathered: bytes, view: RoundView, shunned: Collect
     return brought
 
 
-def check_group(group: Group, view: RoundView, ours: Signed[Claim], shunned: Collection[str] = ()) -> Members:
+def check_group(
+    group: Group,
+    view: RoundView,
+    ours: Signed[Claim],
+    limits: Sequence[float] | None = None,
+    shunned: Collection[str] = (),
+) -> Members:
     """Check what the leader sent: every member's claim, and that ours is among them.
 
     Raises:
@@ -147,6 +155,7 @@ def check_group(group: Group, view: RoundView, ours: Signed[Claim], shunned: Col
         weights=rules.weights([claim.message for claim in claims], view.manifest, view.credit),
         reachable=reachable,
         rule=view.manifest.averaging.rule,
+        limits=limits,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from p2pasr.errors import Ignore, Reject
@@ -65,6 +65,25 @@ def check_claim(claim: Claim, view: RoundView) -> None:
         raise Reject(f"{who} states {claim.steps} steps in {claim.segments} segments")
     if claim.samples != claim.steps * rounds.samples_per_step:
         raise Reject(f"{who} states {claim.samples} samples in {claim.steps} steps")
+
+
+def check_part(index: int, largest: float, claim: Claim, limits: Sequence[float] | None) -> None:
+    """May this part of a claim's delta be averaged?
+
+    Args:
+        index: which part.
+        largest: the largest magnitude among its values.
+        limits: the most that a value can be after 1, 2, … segments of the round; None if nothing is known of that.
+
+    Raises:
+        Reject: no training can have made it.
+    """
+    # D1 No value moved further than the optimizer can move one in as many segments, whatever it was trained on.
+    if limits is not None and largest > limits[claim.segments - 1]:
+        raise Reject(
+            f"part {index} of {short(claim.peer)} moves a value by {largest:.4g}, which {claim.segments} segments "
+            f"cannot move by more than {limits[claim.segments - 1]:.4g}"
+        )
 
 
 def check_roster(roster: Roster, run: bytes) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from p2pasr.errors import LocalError
 from p2pasr.protocol.manifest import validated
-from p2pasr.tasks.base import Checkpoint, SegmentPlan, SegmentReport, Task
+from p2pasr.tasks.base import Bounded, Checkpoint, SegmentPlan, SegmentReport, Task
 
-__all__ = ["KINDS", "Checkpoint", "SegmentPlan", "SegmentReport", "Task", "build", "pin"]
+__all__ = ["KINDS", "Bounded", "Checkpoint", "SegmentPlan", "SegmentReport", "Task", "build", "pin"]
 
 KINDS = ("lora",)
 """The `task.kind` values of a manifest."""

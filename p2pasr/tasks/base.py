@@ -119,3 +119,22 @@ class Task(Protocol):
     @property
     def hardware_class(self) -> str:
         """Device, library builds, instruction set, precision and threads: equal classes give equal bits."""
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """What a task may offer besides: how far its optimizer can move a value. Peers refuse parts that went further."""
+
+    def largest_move(self, params: Tensors, first_step: int, steps: int, total_steps: int) -> float:
+        """The most that any value can be from where it was after the first steps of a round.
+
+        A function of its arguments and the task's configuration only, for all peers compute it.
+
+        Args:
+            params: the parameters before the round.
+            first_step, total_steps: as in :class:`SegmentPlan`, of the round's first segment.
+            steps: optimizer steps since the start of the round.
+
+        Returns:
+            A distance, with what rounding the parameters adds to it; infinity where there is no bound.
+        """

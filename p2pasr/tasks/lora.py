@@ -22,6 +22,7 @@ from p2pasr.speech.shards import Clip, Features, Shard, read_shard
 from p2pasr.speech.text import normalise
 from p2pasr.tasks.base import Checkpoint, OnProgress, OnStep, SegmentPlan, SegmentReport
 from p2pasr.tasks.determinism import hardware_class, reproducible, uniform, usable_device
+from p2pasr.tasks.envelope import adamw_reach
 from p2pasr.tasks.whisper import collate, sample_batches, token_losses, transcribe
 
 FRAMES_A_SECOND = 100
@@ -67,7 +68,7 @@ class LoraTaskConfig(BaseModel):
 
 
 class LoraTask:
-    """A Whisper model with adapters; implements :class:`p2pasr.tasks.base.Task`.
+    """A Whisper model with adapters; implements :class:`p2pasr.tasks.base.Task` and :class:`p2pasr.tasks.base.Bounded`.
 
     Args:
         config: the task's section of the manifest.
@@ -143,6 +144,18 @@ class LoraTask:
         if not all(np.isfinite(value).all() for value in end.params.values()):
             raise NonFiniteStep(f"parameters became NaN or infinite by step {end.step} of the round")
         return end, SegmentReport(float(np.mean(losses)), plan.steps * plan.samples_per_step)
+
+    def largest_move(self, params: Tensors, first_step: int, steps: int, total_steps: int) -> float:
+        """See :meth:`p2pasr.tasks.base.Bounded.largest_move`.
+
+        `adamw8bit` has no bound: a second moment that it rounds to zero leaves only ε below the first.
+        """
+        config = self.config
+        if config.optimizer == "adamw8bit":
+            return math.inf
+        rates = (learning_rate(config, first_step + index, total_steps) for index in range(steps))
+        largest = max(float(np.abs(value).max()) for value in params.values())
+        return adamw_reach(rates, config.beta1, config.beta2, config.weight_decay, largest)
 
     def evaluate(
         self, params: Tensors | None, shards: Sequence[Path], on_progress: OnProgress | None = None

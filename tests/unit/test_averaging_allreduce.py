@@ -30,6 +30,7 @@ from p2pasr.protocol.encoding import blob_digest, pack, unpack
 from p2pasr.protocol.manifest import RuleSection
 from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Claim, PartReceipt, Receipt, Signed, seal, unseal
 from p2pasr.protocol.rules import check_receipts
+from p2pasr.protocol.signing import short
 from p2pasr.verify.conflict import Conflict, contradict
 from p2pasr.verify.record import in_every_part
 
@@ -273,6 +274,7 @@ def test_a_group_of_valid_claims_becomes_members_in_its_order() -> None:
     assert checked == dataclasses.replace(members, group=group_id(group_of(members)))
     some = check_group(group_of(members, (True, False, True)), VIEW, members.claims[1])
     assert some.reducers == (0, 2)
+    assert check_group(group_of(members), VIEW, members.claims[1], (1.0, 2.0)).limits == (1.0, 2.0)
 
 
 def test_members_weigh_what_the_ledger_of_the_state_trusts_them_with() -> None:
@@ -556,6 +558,55 @@ def test_one_member_that_committed_to_values_that_are_not_finite_does_not_spoil_
         results = {b"".join(results) for results, _ in outcomes}
         assert len(results) == 1
         assert np.isfinite(LAYOUT.decode(results.pop())).all()
+
+    in_a_swarm(tmp_path, story, 3, (0, 1))
+
+
+def limited_swarm(swarm: Swarm, delta: Vector, segments: int) -> None:
+    """Make member 2 commit to this delta, where 1 segment moves a value by 6 at most and 2 by 7."""
+    who = swarm.members.claims[2].message.peer
+    assert who == make_identity(3).peer
+    claim = seal(make_identity(3), delta_claim(make_identity(3), MANIFEST, STATE, delta, segments=segments))
+    claims = (*swarm.members.claims[:2], claim)
+    swarm.members = dataclasses.replace(swarm.members, claims=claims, limits=(6.0, 7.0, 7.5, 8.0))
+
+
+@pytest.mark.parametrize(("segments", "value", "limit"), [(2, 7.01, 7), (2, -7.01, 7), (1, 6.5, 6), (2, 3e38, 7)])
+def test_a_sender_that_moved_a_value_further_than_training_can_is_dropped(
+    tmp_path: Path, segments: int, value: float, limit: float
+) -> None:
+    delta = random_delta(2)
+    delta[550] = value  # in the last part
+
+    async def story(swarm: Swarm) -> None:
+        limited_swarm(swarm, delta, segments)
+        parts = LAYOUT.encode(delta)
+        outcomes, told = await with_a_cheat(swarm, lambda to: swarm.send(2, to, parts))
+        check_outcome(swarm, outcomes, {2: [0, 1]})
+        assert told[0] is None
+        sentence = (
+            f"part 2 of {short(swarm.hosts[2].peer)} moves a value by {abs(value):.4g}, which {segments} segments"
+        )
+        assert f"{sentence} cannot move by more than {limit}" in str(told[1])
+        assert {event["peer"] for event in swarm.network.events} == {swarm.hosts[2].peer}
+        assert in_every_part(tuple(outcomes[0][1])) == (0, 1), "who is not in every part earns nothing"
+
+    in_a_swarm(tmp_path, story, 3, (0, 1))
+
+
+@pytest.mark.parametrize(("segments", "value"), [(2, 6.99), (2, -6.99), (1, 5.99), (2, 7.0)])
+def test_a_sender_that_moved_a_value_as_far_as_training_can_is_averaged(
+    tmp_path: Path, segments: int, value: float
+) -> None:
+    delta = random_delta(2)
+    delta[550] = value
+
+    async def story(swarm: Swarm) -> None:
+        limited_swarm(swarm, delta, segments)
+        outcomes, told = await with_a_cheat(swarm, lambda to: swarm.send(2, to, LAYOUT.encode(delta)))
+        assert told == [None, None]
+        assert len({b"".join(results) for results, _ in outcomes}) == 1
+        assert in_every_part(tuple(outcomes[0][1])) == (0, 1, 2)
 
     in_a_swarm(tmp_path, story, 3, (0, 1))
 
@@ -902,7 +953,7 @@ def test_a_shunned_peer_is_not_averaged_with() -> None:
     members = members_of(2)
     group = group_of(members)
     with pytest.raises(Reject, match="cheated in this round"):
-        check_group(group, VIEW, members.claims[0], {group.peers[1]})
+        check_group(group, VIEW, members.claims[0], shunned={group.peers[1]})
 
 
 def test_the_reason_of_a_reducer_that_gives_up_is_told(tmp_path: Path) -> None:
@@ -936,6 +987,7 @@ def call_of(host: Host, claim: Signed[Claim], delta: bytes) -> dict[str, Any]:
         "claim": claim.pack(),
         "delta": host.store.put("delta", delta),
         "reference": None,
+        "limits": None,
         "expected": (host.peer,),
         "shunned": (),
         "min_size": 1,
@@ -984,6 +1036,25 @@ def test_the_reference_comes_from_the_store_and_is_not_used_when_it_is_damaged(t
             np.testing.assert_allclose(average, 0.75 * last + 0.25 * random_delta(0), rtol=1e-4, atol=1e-5)
 
     asyncio.run(main())
+
+
+def test_the_limits_of_a_call_are_those_of_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[Members] = []
+
+    def noted(*args: Any) -> Members:
+        groups.append(check_group(*args))
+        return groups[-1]
+
+    monkeypatch.setattr(module, "check_group", noted)
+
+    async def story(swarm: Swarm) -> None:
+        await swarm.join(0)
+        (host,), (claim,) = swarm.hosts, swarm.members.claims
+        host.store.put("manifest", MANIFEST.canonical())
+        await host.calls["average"]({**call_of(host, claim, b"".join(encoded(0))), "limits": (1.0, 2.0, 3.0, 4.0)})
+
+    in_a_swarm(tmp_path, story, 1, (0,))
+    assert [group.limits for group in groups] == [(1.0, 2.0, 3.0, 4.0)]
 
 
 def test_a_delta_other_than_the_claims_is_not_averaged(tmp_path: Path) -> None:

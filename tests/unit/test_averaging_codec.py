@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Any
 
@@ -128,6 +129,28 @@ def test_int4_is_the_scales_and_then_two_quotients_in_a_byte(vector: Vector) -> 
         for value, scale in zip(decoded, block_scales(codec, vector).tolist(), strict=True)
         if value
     ]
+
+
+@EACH
+@given(vector=vectors(1e30), factor=st.sampled_from([1.0, 1e-20, 1e-33, 1e-37]))
+def test_no_decoded_value_is_above_the_ceiling_of_those_encoded(codec: Codec, vector: Vector, factor: float) -> None:
+    vector = vector * np.float32(factor)
+    decoded = codec.decode(codec.encode(vector), len(vector))
+    largest = float(np.abs(vector).max())
+    assert float(np.abs(decoded).max()) <= codec.ceiling(largest) <= 1.001 * largest + 2.0**-24
+
+
+def test_the_ceiling_allows_for_float16_doubling_the_smallest_numbers() -> None:
+    codec = Codec("float16")
+    value = np.nextafter(np.float32(2.0**-25), np.float32(1))  # just above the middle between 0 and the first number
+    (decoded,) = codec.decode(codec.encode(np.array([value])), 1).tolist()
+    assert decoded == 2.0**-24 > 1.99 * value
+    assert decoded <= codec.ceiling(float(value))
+
+
+@EACH
+def test_where_there_is_no_largest_value_the_ceiling_is_the_largest_there_is(codec: Codec) -> None:
+    assert codec.ceiling(math.inf) == np.finfo(np.float32).max
 
 
 @EACH

@@ -9,7 +9,7 @@ import pytest
 
 from p2pasr.errors import Ignore, Reject, RemoteError
 from p2pasr.protocol.messages import PartReceipt, Receipt, Signed, seal
-from p2pasr.protocol.rules import check_attestation, check_claim, check_receipts, check_roster
+from p2pasr.protocol.rules import check_attestation, check_claim, check_part, check_receipts, check_roster
 
 from .builders import (
     GROUP,
@@ -84,6 +84,21 @@ def test_whoever_is_merely_behind_is_ignored_whatever_else_he_states() -> None:
 
 def test_what_a_claim_says_about_its_own_quality_is_not_judged() -> None:
     check_claim(make_claim(WHO, MANIFEST, STATE, loss_before=-1e9, loss_after=1e9, delta_norm=1e15), VIEW)
+
+
+@pytest.mark.parametrize(("segments", "limit"), [(1, 0.5), (2, 1.0), (4, 1.5)])
+def test_d1_a_part_whose_values_moved_further_than_its_segments_can_move_one_is_refused(
+    segments: int, limit: float
+) -> None:
+    limits, claim = (0.5, 1.0, 1.25, 1.5), make_claim(WHO, MANIFEST, STATE, segments=segments)
+    check_part(7, limit, claim, limits)
+    sentence = rf"part 7 of \S+ moves a value by {limit + 0.25:g}, which {segments} segments .* more than {limit:g}$"
+    with pytest.raises(Reject, match=sentence):
+        check_part(7, limit + 0.25, claim, limits)
+
+
+def test_where_no_limit_is_known_a_part_may_hold_any_value() -> None:
+    check_part(0, 1e38, CLAIM, None)
 
 
 def test_a_roster_record_of_this_run_passes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from p2pasr.protocol.tensors import Tensors
 from p2pasr.speech.prepare import Settings, prepare
 from p2pasr.speech.pretrained import BUNDLED, weights_digest
 from p2pasr.speech.shards import Clip, read_shard
-from p2pasr.tasks import Checkpoint, Task, build, pin
+from p2pasr.tasks import Bounded, Checkpoint, Task, build, pin
 from p2pasr.tasks.lora import LoraTask, LoraTaskConfig, learning_rate
 from p2pasr.tasks.whisper import collate
 
@@ -132,8 +133,9 @@ def test_pinning_writes_every_default_out_and_changes_nothing(make_task: MakeTas
     assert build("lora", pinned, seed=1).initial_params().keys() == make_task().initial_params().keys()
 
 
-def test_a_task_implements_the_protocol(task: LoraTask) -> None:
+def test_a_task_implements_the_protocols(task: LoraTask) -> None:
     assert isinstance(task, Task)
+    assert isinstance(task, Bounded)
     assert task.hardware_class.startswith("cpu/")
     assert task.hardware_class.endswith("/fp32")
 
@@ -545,6 +547,44 @@ def test_at_a_learning_rate_of_zero_nothing_moves(task: LoraTask, shard_files: S
     end, _ = task.segment(start_of(task), shard_files, plan(first=100, total=100))
 
     assert not moved(task, end).any()
+
+
+# --- how far a value can move -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"weight_decay": 0.5, "learning_rate": 0.1}, {"precision": "bf16"}, {"quantise": "8bit"}, {"beta2": 0.9}],
+    ids=str,
+)
+def test_no_value_moves_further_than_the_task_says(
+    make_task: MakeTask, shard_files: Shards, config: dict[str, Any]
+) -> None:
+    task = make_task(**config)
+    start = middle = start_of(task)
+    for segment in range(2):
+        first = 3 * segment
+        middle, _ = task.segment(middle, shard_files, plan(steps=3, seed=segment, first=first))
+        bound = task.largest_move(start.params, 0, first + 3, 100)
+        assert 0.1 * bound < np.abs(moved(task, middle)).max() <= 1.01 * bound
+
+
+@pytest.mark.parametrize("first", [0, 60])
+def test_the_first_step_of_a_round_moves_values_as_far_as_the_task_says(
+    make_task: MakeTask, shard_files: Shards, first: int
+) -> None:
+    task = make_task(warmup_steps=10)
+    end, _ = task.segment(start_of(task), shard_files, plan(steps=1, first=first))
+    bound = task.largest_move(task.initial_params(), first, 1, 100)
+
+    assert bound == pytest.approx(learning_rate(task.config, first, 100), rel=1e-3)
+    assert 0.99 * bound < np.abs(moved(task, end)).max() <= 1.01 * bound
+
+
+def test_moments_in_eight_bits_leave_no_bound(make_task: MakeTask) -> None:
+    task = make_task(**EIGHT_BIT)
+
+    assert task.largest_move(task.initial_params(), 0, 1, 100) == math.inf
 
 
 # --- scoring and exporting ----------------------------------------------------------------------
