@@ -343,7 +343,7 @@ def ready_to_train(member: Member) -> bool:
         waited = time.monotonic() - started
         left_behind = not here and bool(ahead) and waited < AHEAD_SECONDS
         if missing <= 0 and not late and not left_behind:
-            return True
+            return not (ahead and overtaken(member))
         if not waiting:
             member.say("waiting")
             waiting = True
