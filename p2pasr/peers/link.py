@@ -222,7 +222,7 @@ class Link:
 
     def _take(self, attempt: _Attempt, message: dict[str, Any]) -> bool:
         """Act on one message; returns whether it was the news that the process is up."""
-        if "id" in message:
+        if "event" not in message:
             with self._lock:
                 future = attempt.pending.get(message["id"])
             if future is not None and not future.done():

@@ -30,6 +30,9 @@ while (message := read_frame(channel)) is not None:
         channel.sendall(b"\\xff" * 8)
     if message.get("call") == "echo":
         channel.sendall(encode_frame({"id": message["id"], "result": message["args"]}))
+    if message.get("call") == "tell":
+        channel.sendall(encode_frame(message["args"]))
+        channel.sendall(encode_frame({"id": message["id"], "result": {}}))
 """
 """A network process without a network."""
 
@@ -64,6 +67,13 @@ def test_calls_are_answered(link: Link) -> None:
     link.joined()
     assert link.call("echo", 10, word="hello") == {"word": "hello"}
     assert link.restarts == 0
+
+
+def test_an_event_is_told_whatever_its_fields_are_called(link: Link, events: list[dict[str, Any]]) -> None:
+    link.start()
+    link.joined()
+    link.call("tell", 10, event="group", id=b"its name")
+    assert events[-1] == {"event": "group", "id": b"its name"}
 
 
 @pytest.mark.parametrize(("call", "reason"), [("die", "the network process died"), ("babble", "out of step")])
