@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,7 +16,7 @@ from p2pasr.peers.journal import Journal
 from p2pasr.protocol.messages import Attestation, Claim, Roster, Signed, seal
 from p2pasr.protocol.state import State, advance
 from p2pasr.report import Report
-from p2pasr.round import Member, ready_to_train
+from p2pasr.round import POLL_SECONDS, Member, between_looks, ready_to_train, wait_for_claims
 
 from .builders import (
     initial_params,
@@ -45,8 +47,11 @@ class Directory:
         self.here: dict[str, Roster] = {}
         self.claimed: dict[str, Signed[Claim]] = {}
         self.attested: dict[str, Signed[Attestation]] = {}
+        self.before_each_look: list[Callable[[], None]] = []
 
     def roster(self) -> dict[str, Roster]:
+        if self.before_each_look:
+            self.before_each_look.pop(0)()
         return self.here
 
     def claims(self, view: Any) -> dict[str, Signed[Claim]]:
@@ -109,3 +114,22 @@ def test_one_peer_that_says_it_is_ahead_keeps_nobody_from_training(member: Membe
     directory.wait(EVE, S0)
     directory.here[ANNE.peer] = make_roster(ANNE, S1, round=5)
     assert ready_to_train(member)
+
+
+def test_a_peer_that_misses_everybody_in_one_look_does_not_average_alone(member: Member, directory: Directory) -> None:
+    def claim() -> None:
+        directory.here[ANNE.peer] = make_roster(ANNE, S0, stage="claimed")
+        directory.claimed[ANNE.peer] = seal(ANNE, make_claim(ANNE, MANIFEST, S0))
+
+    member.manifest = make_manifest(rounds={"rounds": 10, "min_peers": 1})
+    directory.here[ANNE.peer] = make_roster(ANNE, S0)
+    directory.before_each_look = [lambda: None, directory.here.clear, claim]
+    assert wait_for_claims(member) == {ME.peer, ANNE.peer}
+
+
+def test_looks_at_the_directory_become_rarer_the_longer_a_peer_waits() -> None:
+    pauses = list(itertools.islice(between_looks(), 30))
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == POLL_SECONDS
+    for number, pause in enumerate(pauses[1:], 1):
+        assert pause <= sum(pauses[:number]) * 0.25 + pauses[0]
