@@ -111,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     try:
         rows = parsed.run(parsed)
+    except KeyboardInterrupt:
+        return 130
     except P2pasrError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
