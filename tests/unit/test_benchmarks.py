@@ -31,8 +31,15 @@ def test_two_lineages_differ_in_the_rounds_of_both_that_ended_in_other_states(
 
 @pytest.mark.parametrize(
     ("since", "rounds"),
-    [(0.0, 1), (1.5, 1), (2.5, 3), (4.5, 1), (5.5, 1)],
-    ids=["from the start", "into the next", "two missed", "into the last it was in", "never back"],
+    [(0.0, 1), (1.5, 1), (2.05, 0), (2.5, 3), (4.5, 1), (5.5, 1)],
+    ids=[
+        "from the start",
+        "into the next",
+        "others were faster",
+        "two missed",
+        "into the last it was in",
+        "never back",
+    ],
 )
 def test_rounds_to_be_back_are_those_committed_since_and_the_first_with_the_peer(since: float, rounds: int) -> None:
     told = [("anne", 0, 1.0), ("ben", 0, 1.1), ("anne", 1, 2.0), ("ben", 1, 2.1), ("anne", 2, 3.0), ("anne", 3, 4.0)]
