@@ -52,6 +52,19 @@ def _robustness(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return [asdict(row) for row in measure(arguments.rounds, arguments.percents)]
 
 
+def _chaos(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from benchmarks.chaos import measure
+
+    return [asdict(measure(arguments.peers, arguments.rounds, arguments.percent, arguments.seed))]
+
+
+def _links(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from benchmarks.links import measure
+
+    row, steps = measure(arguments.peers, arguments.mbit, arguments.seconds, arguments.rounds)
+    return [asdict(step) for step in steps] if arguments.steps else [asdict(row)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -89,12 +102,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     robustness.add_argument("--percents", type=int, nargs="+", default=[10, 20, 30, 40])
     robustness.set_defaults(run=_robustness, title="accuracy of a classifier trained by 20 members, in percent")
 
+    chaos = kinds.add_parser("chaos", help="what becomes of a run whose peers are killed and started again")
+    chaos.add_argument("--rounds", type=int, default=200)
+    chaos.add_argument("--peers", type=int, default=4)
+    chaos.add_argument("--percent", type=float, default=10.0, help="how many of the peers are killed in a round")
+    chaos.add_argument("--seed", type=int, default=0)
+    chaos.set_defaults(run=_chaos, title="peers killed at random moments and started again")
+
+    links = kinds.add_parser("links", help="share of time training on links of limited speed (needs root)")
+    links.add_argument("--mbit", type=float, default=50.0, help="speed of each peer's uplink, Mbit/s")
+    links.add_argument("--peers", type=int, default=4)
+    links.add_argument("--seconds", type=float, default=60.0, help="how long a round is trained")
+    links.add_argument("--rounds", type=int, default=3)
+    links.add_argument("--steps", action="store_true", help="print the seconds of a round's steps instead")
+    links.set_defaults(run=_links, title="1,769,472 values as int8 between peers with limited uplinks, a round")
+
     for kind in kinds.choices.values():
         kind.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parsed = parser.parse_args(arguments)
     quiet_libraries()
     try:
         rows = parsed.run(parsed)
+    except KeyboardInterrupt:
+        return 130
     except P2pasrError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1

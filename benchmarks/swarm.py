@@ -54,23 +54,25 @@ def _measure(folder: Path, peers: int, rounds: int) -> Row:
     return Row(
         peers=peers,
         seconds_to_first_step=mean(p.wait_for("step", step="train")["time"] - p.started for p in processes),
-        seconds_a_round=mean(_later_rounds(p) / (rounds - 1) for p in processes),
-        training_percent=100 * mean(_training(p) / _later_rounds(p) for p in processes),
-        megabytes_sent_a_round=mean(_sent(p) / (rounds - 1) for p in processes) / 1e6,
+        seconds_a_round=mean(later_seconds(p) / (rounds - 1) for p in processes),
+        training_percent=100 * mean(training_seconds(p) / later_seconds(p) for p in processes),
+        megabytes_sent_a_round=mean(bytes_sent(p) / (rounds - 1) for p in processes) / 1e6,
         adapter_megabytes=2 * manifest.parameters / 1e6,
     )
 
 
-def _later_rounds(process: Process) -> float:
+def later_seconds(process: Process) -> float:
     """Seconds from the end of the first round, in which shards are fetched, to the end of the last."""
     rounds = process.seen("round")
     return float(rounds[-1]["time"] - rounds[0]["time"])
 
 
-def _training(process: Process) -> float:
+def training_seconds(process: Process) -> float:
+    """Seconds of these that it trained."""
     return float(sum(event["seconds"] for event in process.seen("segment") if event["round"] > 0))
 
 
-def _sent(process: Process) -> float:
+def bytes_sent(process: Process) -> float:
+    """Bytes that it sent in them."""
     rounds = process.seen("round")
     return float(rounds[-1]["bytes_sent"] - rounds[0]["bytes_sent"])

@@ -419,14 +419,18 @@ def interrupt_on_terminate() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+def main(arguments: Sequence[str] | None = None, *, task: Task | None = None) -> int:
+    """The command; returns its exit code.
+
+    Args:
+        task: a task of your own; built from the manifest if None.
+    """
     parsed = _parser().parse_args(arguments)
     report = Report(parsed.log_format)
     interrupt_on_terminate()
     quiet_libraries()
     try:
-        with Peer(parsed.run, _options(parsed), report) as peer:
+        with Peer(parsed.run, _options(parsed), report, task=task) as peer:
             peer.run()
     except KeyboardInterrupt:
         report.emit("stopped", "stopped; the next start resumes from the state folder")

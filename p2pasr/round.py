@@ -7,7 +7,7 @@ committed leaves the state untouched, and says why.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
@@ -55,8 +55,9 @@ from p2pasr.verify.conflict import Conflict, contradict
 from p2pasr.verify.record import RoundRecord, check_record, in_every_part
 from p2pasr.verify.trace import Trace, retain_traces
 
+FIRST_POLL_SECONDS: Final = 0.05
 POLL_SECONDS: Final = 0.5
-"""How often the directory is read while waiting for others."""
+"""How often the directory is read while waiting for others, at first and in the end."""
 
 QUIET_SECONDS: Final = 3.0
 """Peers finish a round within moments of each other; only a longer wait is worth a sentence."""
@@ -255,6 +256,14 @@ def run_round(member: Member) -> bool:
     raise RoundFailed(f"round {member.state.round} was not averaged in {ATTEMPTS} attempts: {reasons[-1]}")
 
 
+def between_looks() -> Iterator[float]:
+    """Seconds from one look at the directory to the next, in proportion to the wait: most waits are short."""
+    pause = FIRST_POLL_SECONDS
+    while True:
+        yield pause
+        pause = min(1.25 * pause, POLL_SECONDS)
+
+
 # --- sync ---------------------------------------------------------------------------------------
 
 
@@ -345,6 +354,7 @@ def ready_to_train(member: Member) -> bool:
     rounds = member.manifest.rounds
     started = time.monotonic()
     waiting = False
+    pauses = between_looks()
     while True:
         roster = member.records.roster()
         here = member.in_our_round(roster)
@@ -358,7 +368,7 @@ def ready_to_train(member: Member) -> bool:
         waited = time.monotonic() - started
         left_behind = not here and bool(ahead) and waited < AHEAD_SECONDS
         if missing <= 0 and not late and not left_behind:
-            return True
+            return not (ahead and overtaken(member))
         if not waiting:
             member.say("waiting")
             waiting = True
@@ -378,7 +388,7 @@ def ready_to_train(member: Member) -> bool:
             member.report.wait(reason)
         if overtaken(member) or waited > PATIENCE_SECONDS:
             return False
-        time.sleep(POLL_SECONDS)
+        time.sleep(next(pauses))
 
 
 def assign_shards(member: Member) -> tuple[bytes, ...]:
@@ -650,6 +660,7 @@ def wait_for_claims(member: Member) -> set[str] | None:
     rounds = member.manifest.rounds
     began = time.time()
     alone_before = False
+    pauses = between_looks()
     while True:
         roster = member.records.roster()
         here = member.in_our_round(roster)
@@ -659,7 +670,7 @@ def wait_for_claims(member: Member) -> set[str] | None:
         theirs = min(max((r.closes_at for r in training.values()), default=0.0), began + rounds.max_seconds)
         closes = max(began, member.closes_at, theirs) + rounds.grace_seconds
         closed = time.time() > closes
-        alone = len(ready) == 1
+        alone = len(ready) == 1 and not training
         if len(ready) >= rounds.min_peers and (not training or closed) and (alone_before or not alone):
             return ready
         alone_before = alone  # one look at the directory can miss everybody, two in a row hardly
@@ -673,7 +684,7 @@ def wait_for_claims(member: Member) -> set[str] | None:
             member.report.wait(f"round {member.state.round}: {missing} more claims are needed before averaging")
         if overtaken(member):
             return None
-        time.sleep(POLL_SECONDS)
+        time.sleep(POLL_SECONDS if alone else next(pauses))
 
 
 def average(member: Member, work: Work, expected: set[str]) -> Merged:
@@ -762,6 +773,7 @@ def attest(member: Member, result: Result) -> tuple[Signed[Attestation], ...]:
     member.unsettled = result
     deadline = time.monotonic() + QUORUM_SECONDS
     compared = False
+    pauses = between_looks()
     while True:
         seen = attestations(member)
         enough, reason = agreeing(result, seen)
@@ -773,7 +785,7 @@ def attest(member: Member, result: Result) -> tuple[Signed[Attestation], ...]:
         if time.monotonic() > deadline:
             raise TransportError(f"no quorum within {QUORUM_SECONDS:.0f} s: {reason}")
         member.report.wait(f"round {member.state.round}: {reason}; waiting for more")
-        time.sleep(POLL_SECONDS)
+        time.sleep(next(pauses))
 
 
 def agreeing(result: Result, seen: dict[str, Signed[Attestation]]) -> tuple[bool, str]:

@@ -23,6 +23,9 @@ from p2pasr.errors import LocalError, TransportError
 START_SECONDS: Final = 120.0
 STOP_SECONDS: Final = 8.0
 
+NODE: Final = (sys.executable, "-m", "p2pasr.bootstrap")
+PEER: Final = (sys.executable, "-m", "p2pasr.peer")
+
 Event = dict[str, Any]
 
 
@@ -152,11 +155,11 @@ class Fleet:
         for thread in stopping:
             thread.join()
 
-    def bootstrap(self, name: str = "bootstrap", *options: str) -> Process:
-        """Start a bootstrap node on loopback."""
+    def bootstrap(self, name: str = "bootstrap", *options: str, command: Sequence[str] = NODE) -> Process:
+        """Start a bootstrap node, on loopback unless the options say otherwise."""
         key = self.folder / f"{name}.key"
         arguments = ["--identity-path", str(key), "--host-maddrs", "/ip4/127.0.0.1/tcp/0", *options]
-        return self._start(name, "p2pasr.bootstrap", arguments)
+        return self._start(name, [*command, *arguments])
 
     def peer(
         self,
@@ -166,23 +169,25 @@ class Fleet:
         initial_peers: Sequence[str] = (),
         threads: int = 1,
         environment: dict[str, str] | None = None,
+        command: Sequence[str] = PEER,
     ) -> Process:
-        """Start a training peer on loopback; the same name uses the same state folder again."""
+        """Start a training peer, on loopback unless the options say otherwise.
+
+        The same name uses the same state folder again.
+        """
         arguments = ["--run", str(run), "--state-dir", str(self.folder / name), "--threads", str(threads)]
         arguments += ["--device", "cpu"]
         if "--client-mode" not in options and "--host-maddrs" not in options:
             arguments += ["--host-maddrs", "/ip4/127.0.0.1/tcp/0"]
         if initial_peers:
             arguments += ["--initial-peers", *initial_peers]
-        return self._start(name, "p2pasr.peer", [*arguments, *options], environment)
+        return self._start(name, [*command, *arguments, *options], environment)
 
-    def _start(
-        self, name: str, module: str, arguments: list[str], environment: dict[str, str] | None = None
-    ) -> Process:
+    def _start(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> Process:
         log = self.folder / "logs" / f"{name}.log"
         with log.open("a", encoding="utf-8") as errors:
             popen = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments, "--log-format", "json"],
+                [*command, "--log-format", "json"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import struct
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -89,6 +89,7 @@ class Directory:
         self._owner = peer_id_bytes(str(node.peer_id))
         self._kept: dict[str, asyncio.Task[None]] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._calls: Counter[str] = Counter()
 
     def key(self, kind: str, scope: str) -> str:
         """The DHT key of all records of a kind in a scope."""
@@ -115,9 +116,14 @@ class Directory:
     async def keep(self, slot: str, kind: str, scope: str, record: bytes, ttl: float) -> bool:
         """Store our record and renew it at a third of its life until the slot is used again.
 
-        A slot is written to by one at a time, in the order of the calls: what was kept before never comes back.
+        A slot is written to by one at a time, in the order of the calls: what was kept before never comes back, and
+        what is replaced before its turn is never stored.
         """
+        self._calls[slot] += 1
+        call = self._calls[slot]
         async with self._locks[slot]:
+            if call < self._calls[slot]:
+                return False
             if (previous := self._kept.get(slot)) is not None:
                 previous.cancel()
             self._kept[slot] = asyncio.create_task(self._renew(slot, kind, scope, record, ttl))

@@ -115,7 +115,7 @@ class Link:
                 if attempt.pending.pop(number, None) is not None and not future.done():
                     self._send(attempt, {"cancel": number})
 
-    def announce(self, slot: str, kind: str, scope: str, record: bytes, ttl: float) -> None:
+    def announce(self, slot: str, kind: str, scope: str, record: bytes, ttl: float, *, wait: bool = True) -> None:
         """Publish a record and keep renewing it until it is replaced, across restarts.
 
         Args:
@@ -123,11 +123,17 @@ class Link:
             kind, scope: where in the directory.
             record: packed `Signed` message.
             ttl: seconds that a copy lives without renewal.
+            wait: until it is published, which takes seconds where peers in the directory have died.
         """
         args = {"slot": slot, "kind": kind, "scope": scope, "record": record, "ttl": ttl}
-        self._announcements[slot] = args
-        with contextlib.suppress(LinkDown):  # replayed when it is up again
-            self.call("announce", 30.0, **args)
+        with self._lock:
+            self._announcements[slot] = args
+            attempt = self._attempt if self._up.is_set() else None
+            if attempt is not None and not wait:
+                self._send(attempt, {"id": next(self._ids), "call": "announce", "args": args})
+        if wait:
+            with contextlib.suppress(LinkDown):  # replayed when it is up again
+                self.call("announce", 30.0, **args)
 
     def wait_up(self, timeout: float) -> None:
         """Wait until the process is up.
@@ -222,7 +228,7 @@ class Link:
 
     def _take(self, attempt: _Attempt, message: dict[str, Any]) -> bool:
         """Act on one message; returns whether it was the news that the process is up."""
-        if "id" in message:
+        if "event" not in message:
             with self._lock:
                 future = attempt.pending.get(message["id"])
             if future is not None and not future.done():
@@ -237,9 +243,10 @@ class Link:
         if message["event"] == "ready":
             self.maddrs = tuple(message["maddrs"])
             self._joined = True
-            for args in list(self._announcements.values()):
-                self._send(attempt, {"id": next(self._ids), "call": "announce", "args": args})
-            self._up.set()
+            with self._lock:  # what is announced meanwhile comes after
+                for args in self._announcements.values():
+                    self._send(attempt, {"id": next(self._ids), "call": "announce", "args": args})
+                self._up.set()
         self._on_event(message)
         return bool(message["event"] == "ready")
 

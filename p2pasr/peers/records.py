@@ -64,8 +64,12 @@ class Records:
         return found
 
     def announce_roster(self, roster: Roster) -> None:
-        """Say what this peer does now; replaces what it said before."""
-        self._link.announce("roster", "roster", "all", seal(self._signer, roster).pack(), ROSTER_TTL)
+        """Say what this peer does now; replaces what it said before.
+
+        Training does not stop for it; only a peer that leaves waits until it is said.
+        """
+        wait = roster.stage == "leaving"
+        self._link.announce("roster", "roster", "all", seal(self._signer, roster).pack(), ROSTER_TTL, wait=wait)
 
     def announce_claim(self, claim: Signed[Claim]) -> None:
         """Publish this peer's claim."""

@@ -84,8 +84,8 @@ def newest_state(
         What holds instead of `own`, or None if `own` (or an ancestor that it grew from) does.
     """
     result = result_of(own.round, own.digest, attestations, electorate)
-    if result is not None:
-        return result
+    if result is not None:  # its peers may be several rounds further, and this one gone from their disks
+        return agree(a for a in attestations if a.at(own.round + 1) == result.state)
     held = journal.held()
     # Those who stayed so far behind us that nobody speaks for their state any more tell nothing about what holds now.
     recent = [a for a in attestations if a.round + MAX_ANCESTORS >= own.round or held.get(a.round) != a.state]

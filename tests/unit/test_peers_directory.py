@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hivemind.dht.validation import DHTRecord
@@ -251,6 +251,28 @@ def test_who_keeps_an_older_record_never_gets_before_a_newer_one() -> None:
         await asyncio.gather(*(directory.keep("roster", "roster", "all", r, 0.06) for r in (b"first", b"second")))
         await asyncio.sleep(0.2)
         assert await directory.get("roster", "all") == [(WHO.peer, b"second")]
+        await directory.stop()
+
+    asyncio.run(main())
+
+
+def test_what_is_replaced_before_its_turn_is_never_stored() -> None:
+    class Slow(Shelf):
+        """Notes what it stores."""
+
+        stored: ClassVar[list[bytes]] = []
+
+        async def store(self, key: str, value: bytes, expiration_time: float, subkey: bytes) -> bool:
+            self.stored.append(value)
+            await asyncio.sleep(0.01)
+            return await super().store(key, value, expiration_time, subkey)
+
+    async def main() -> None:
+        directory = Directory(Slow(WHO.peer), bytes(32), pytest.fail)
+        first = asyncio.create_task(directory.keep("roster", "roster", "all", b"first", 20.0))
+        await asyncio.sleep(0)
+        await asyncio.gather(first, *(directory.keep("roster", "roster", "all", r, 20.0) for r in (b"2", b"3", b"4")))
+        assert Slow.stored == [b"first", b"4"]
         await directory.stop()
 
     asyncio.run(main())

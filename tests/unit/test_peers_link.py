@@ -30,6 +30,11 @@ while (message := read_frame(channel)) is not None:
         channel.sendall(b"\\xff" * 8)
     if message.get("call") == "echo":
         channel.sendall(encode_frame({"id": message["id"], "result": message["args"]}))
+    if message.get("call") == "announce":
+        channel.sendall(encode_frame({"event": "announced", "record": message["args"]["record"]}))
+    if message.get("call") == "tell":
+        channel.sendall(encode_frame(message["args"]))
+        channel.sendall(encode_frame({"id": message["id"], "result": {}}))
 """
 """A network process without a network."""
 
@@ -64,6 +69,29 @@ def test_calls_are_answered(link: Link) -> None:
     link.joined()
     assert link.call("echo", 10, word="hello") == {"word": "hello"}
     assert link.restarts == 0
+
+
+def test_an_event_is_told_whatever_its_fields_are_called(link: Link, events: list[dict[str, Any]]) -> None:
+    link.start()
+    link.joined()
+    link.call("tell", 10, event="group", id=b"its name")
+    assert events[-1] == {"event": "group", "id": b"its name"}
+
+
+def test_records_are_announced_without_waiting_and_the_last_of_a_slot_again_after_a_restart(
+    link: Link, events: list[dict[str, Any]]
+) -> None:
+    """The stand-in never answers an announcement: who waited for it would wait in vain."""
+    link.start()
+    link.joined()
+    for record in (b"1", b"2"):
+        link.announce("roster", "roster", "all", record, 20.0, wait=False)
+    with pytest.raises(LinkDown):
+        link.call("die", 10)
+    link.announce("roster", "roster", "all", b"3", 20.0, wait=False)
+    wait_for_restart(link)
+    announced = [event["record"] for event in events if event["event"] == "announced"]
+    assert announced == [b"1", b"2", b"3"]
 
 
 @pytest.mark.parametrize(("call", "reason"), [("die", "the network process died"), ("babble", "out of step")])

@@ -32,14 +32,17 @@ class Link:
     def __init__(self) -> None:
         self.found: list[tuple[str, bytes]] = []
         self.announced: list[tuple[Any, ...]] = []
+        self.waited_for: list[str] = []
 
     def call(self, method: str, seconds: float, /, **args: Any) -> dict[str, Any]:
         assert method == "lookup"
         self.asked = (args["kind"], args["scope"])
         return {"records": tuple(self.found)}
 
-    def announce(self, *args: Any) -> None:
-        self.announced.append(args)
+    def announce(self, slot: str, *args: Any, wait: bool = True) -> None:
+        self.announced.append((slot, *args))
+        if wait:
+            self.waited_for.append(slot)
 
 
 class World:
@@ -124,3 +127,11 @@ def test_announcements_are_signed_and_go_where_they_are_looked_for(world: World)
         ("roster", "roster", "all", seal(ME, roster).pack(), ROSTER_TTL),
     ]
     assert unseal(world.link.announced[2][3], type(roster)).message == roster
+
+
+def test_nobody_waits_until_the_roster_is_published_but_who_leaves(world: World) -> None:
+    world.records.announce_claim(seal(ME, make_claim(ME, MANIFEST, STATE)))
+    world.records.announce_roster(make_roster(ME, STATE))
+    assert world.link.waited_for == ["claim"]
+    world.records.announce_roster(make_roster(ME, STATE, stage="leaving"))
+    assert world.link.waited_for == ["claim", "roster"]

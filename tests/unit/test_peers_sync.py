@@ -119,6 +119,19 @@ def test_a_peer_that_missed_the_result_of_its_round_joins_it_whoever_else_waits(
     assert (agreement.state, agreement.supporters) == (S1.digest, (ANNE.peer,))
 
 
+def test_a_peer_that_missed_several_rounds_goes_to_where_the_others_are(journal: Journal) -> None:
+    """Nobody may keep the result of its own round any more, though everybody's state grew from it."""
+    journal.hold(0, S0.digest)
+    far = after(S2)
+    lines = {who: make_attestation(who, far, ancestors=(S2.digest, S1.digest, S0.digest)) for who in (ANNE, BEN)}
+    behind = make_attestation(EVE, S2, ancestors=(S1.digest, S0.digest))
+    votes = [*lines.values(), behind, make_attestation(ME, S0)]
+    agreement = newest_state(S0, votes, {ANNE.peer, BEN.peer}, journal)
+    assert agreement is not None
+    assert (agreement.round, agreement.state) == (3, far.digest)
+    assert agreement.supporters == tuple(sorted(who.peer for who in lines))
+
+
 def test_half_of_a_rounds_peers_do_not_decide_what_came_of_it(journal: Journal) -> None:
     assert newest(S0, journal, S0, anne=S1, electorate={ANNE.peer, ME.peer}) is None
     assert newest(S0, journal, S0, anne=S1, ben=after(S0, by=0.1), electorate={ANNE.peer, BEN.peer, ME.peer}) is None

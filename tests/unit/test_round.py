@@ -37,7 +37,7 @@ class Link:
         self.announced: list[str] = []
         self.asked: dict[str, Any] = {}
 
-    def announce(self, slot: str, *_: Any) -> None:
+    def announce(self, slot: str, *_: Any, **_options: Any) -> None:
         self.announced.append(slot)
 
     def call(self, method: str, _seconds: float, /, **args: Any) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""How the benchmarks count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.chaos import Commit, divergent, rounds_to_be_back
+from benchmarks.links import lengths_of_steps
+
+LINEAGES = st.dictionaries(st.integers(0, 9), st.binary(min_size=1, max_size=1))
+
+
+@given(lineage=LINEAGES, missed=st.lists(st.sets(st.integers(0, 9)), max_size=4))
+def test_peers_that_missed_rounds_of_one_lineage_do_not_differ(
+    lineage: Mapping[int, bytes], missed: list[set[int]]
+) -> None:
+    peers = [{number: state for number, state in lineage.items() if number not in absent} for absent in missed]
+    assert divergent([lineage, *peers]) == 0
+
+
+@given(one=LINEAGES, other=LINEAGES)
+def test_two_lineages_differ_in_the_rounds_of_both_that_ended_in_other_states(
+    one: Mapping[int, bytes], other: Mapping[int, bytes]
+) -> None:
+    assert divergent([one, other, one]) == len({n for n in one.keys() & other.keys() if one[n] != other[n]})
+
+
+@pytest.mark.parametrize(
+    ("since", "rounds"),
+    [(0.0, 1), (1.5, 1), (2.05, 0), (2.5, 3), (4.5, 1), (5.5, 1)],
+    ids=[
+        "from the start",
+        "into the next",
+        "others were faster",
+        "two missed",
+        "into the last it was in",
+        "never back",
+    ],
+)
+def test_rounds_to_be_back_are_those_committed_since_and_the_first_with_the_peer(since: float, rounds: int) -> None:
+    told = [("anne", 0, 1.0), ("ben", 0, 1.1), ("anne", 1, 2.0), ("ben", 1, 2.1), ("anne", 2, 3.0), ("anne", 3, 4.0)]
+    told += [("anne", 4, 5.0), ("ben", 4, 5.1), ("anne", 5, 6.0)]
+    assert rounds_to_be_back("ben", since, [Commit(*each) for each in told]) == rounds
+
+
+def test_a_step_lasts_until_the_next_and_the_first_round_is_left_out() -> None:
+    told = [("step", "train", 0.0), ("round", "", 5.0)]
+    for start in (5.0, 15.0):
+        told += [("step", "train", start + 1), ("segment", "", start + 4), ("step", "average", start + 5)]
+        told += [("group", "", start + 7), ("step", "audit", start + 9), ("round", "", start + 10)]
+    told += [("step", "train", 26.0)]
+    events = [{"event": kind, "step": step, "time": time} for kind, step, time in told]
+    lengths = lengths_of_steps(events)
+    assert lengths == {"round": 1.0, "train": 8.0, "average": 4.0, "group": 4.0, "audit": 2.0}

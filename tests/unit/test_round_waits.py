@@ -1,0 +1,135 @@
+"""When a peer begins a round, and when it leaves it to others."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from p2pasr.peers.blobs import BlobStore
+from p2pasr.peers.journal import Journal
+from p2pasr.protocol.messages import Attestation, Claim, Roster, Signed, seal
+from p2pasr.protocol.state import State, advance
+from p2pasr.report import Report
+from p2pasr.round import POLL_SECONDS, Member, between_looks, ready_to_train, wait_for_claims
+
+from .builders import (
+    initial_params,
+    make_attestation,
+    make_claim,
+    make_identity,
+    make_manifest,
+    make_roster,
+    make_state,
+)
+
+MANIFEST = make_manifest(rounds={"rounds": 10, "min_peers": 2})
+S0 = make_state(MANIFEST)
+ME, ANNE, BEN, EVE = map(make_identity, (1, 2, 3, 4))
+S1 = advance(
+    S0,
+    MANIFEST,
+    [make_claim(ANNE, MANIFEST, S0)],
+    {name: value + np.float32(0.5) for name, value in S0.params.items()},
+    {},
+)
+
+
+class Directory:
+    """What others have published, in the place of `Records`."""
+
+    def __init__(self) -> None:
+        self.here: dict[str, Roster] = {}
+        self.claimed: dict[str, Signed[Claim]] = {}
+        self.attested: dict[str, Signed[Attestation]] = {}
+        self.before_each_look: list[Callable[[], None]] = []
+
+    def roster(self) -> dict[str, Roster]:
+        if self.before_each_look:
+            self.before_each_look.pop(0)()
+        return self.here
+
+    def claims(self, view: Any) -> dict[str, Signed[Claim]]:
+        return self.claimed
+
+    def attestations(self, manifest: Any) -> dict[str, Signed[Attestation]]:
+        return self.attested
+
+    def announce_roster(self, roster: Roster) -> None: ...
+
+    def wait(self, who: Any, state: State) -> None:
+        """A peer that is here, attests a state and waits for its round."""
+        self.here[who.peer] = make_roster(who, state, stage="waiting", segments=0)
+        self.attested[who.peer] = seal(who, make_attestation(who, state))
+
+    def finish(self, who: Any) -> None:
+        """A peer that claimed in the first round, attests its result and trains in the next."""
+        self.here[who.peer] = make_roster(who, S1)
+        self.claimed[who.peer] = seal(who, make_claim(who, MANIFEST, S0))
+        self.attested[who.peer] = seal(who, make_attestation(who, S1))
+
+
+@pytest.fixture
+def directory() -> Directory:
+    return Directory()
+
+
+@pytest.fixture
+def member(directory: Directory, store: BlobStore, journal: Journal) -> Member:
+    """A peer that has just come back, with the state that the first round begins with."""
+    return Member(
+        manifest=MANIFEST,
+        identity=ME,
+        task=cast("Any", SimpleNamespace(hardware_class="numpy")),
+        link=cast("Any", SimpleNamespace(maddrs=())),
+        store=store,
+        journal=journal,
+        records=cast("Any", directory),
+        report=Report("json", io.StringIO()),
+        like=initial_params(),
+        state=S0,
+    )
+
+
+def test_a_round_begins_when_enough_peers_wait_for_it(member: Member, directory: Directory) -> None:
+    directory.wait(EVE, S0)
+    assert ready_to_train(member)
+
+
+def test_two_late_peers_do_not_train_a_round_anew_that_others_have_just_finished(
+    member: Member, directory: Directory
+) -> None:
+    directory.wait(EVE, S0)
+    for who in (ANNE, BEN):
+        directory.finish(who)
+    assert not ready_to_train(member)
+
+
+def test_one_peer_that_says_it_is_ahead_keeps_nobody_from_training(member: Member, directory: Directory) -> None:
+    directory.wait(EVE, S0)
+    directory.here[ANNE.peer] = make_roster(ANNE, S1, round=5)
+    assert ready_to_train(member)
+
+
+def test_a_peer_that_misses_everybody_in_one_look_does_not_average_alone(member: Member, directory: Directory) -> None:
+    def claim() -> None:
+        directory.here[ANNE.peer] = make_roster(ANNE, S0, stage="claimed")
+        directory.claimed[ANNE.peer] = seal(ANNE, make_claim(ANNE, MANIFEST, S0))
+
+    member.manifest = make_manifest(rounds={"rounds": 10, "min_peers": 1})
+    directory.here[ANNE.peer] = make_roster(ANNE, S0)
+    directory.before_each_look = [lambda: None, directory.here.clear, claim]
+    assert wait_for_claims(member) == {ME.peer, ANNE.peer}
+
+
+def test_looks_at_the_directory_become_rarer_the_longer_a_peer_waits() -> None:
+    pauses = list(itertools.islice(between_looks(), 30))
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == POLL_SECONDS
+    for number, pause in enumerate(pauses[1:], 1):
+        assert pause <= sum(pauses[:number]) * 0.25 + pauses[0]
