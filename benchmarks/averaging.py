@@ -146,12 +146,14 @@ class _Ours:
             loss_before=1.0,
             loss_after=1.0,
             hardware="benchmark",
+            against=(),
         )
         return {
             "round": number,
             "state": STATE,
             "covered": {},
             "credit": {},
+            "bans": {},
             "claim": seal(identity, claim).pack(),
             "delta": delta,
             "reference": None,

@@ -17,6 +17,7 @@ from p2pasr.peers.channel import read_frame
 from p2pasr.peers.config import LinkConfig, NodeConfig
 from p2pasr.peers.exchange import BlobExchange
 from p2pasr.peers.host import run_host
+from p2pasr.verify.openings import Openings
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
         return
     values = first["config"]
     config = LinkConfig(**{**values, "node": NodeConfig(**values["node"])})
-    uvloop.run(run_host(config, channel, [BlobExchange(), AllReduce()]))
+    uvloop.run(run_host(config, channel, [BlobExchange(), AllReduce(), Openings()]))
 
 
 if __name__ == "__main__":

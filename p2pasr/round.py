@@ -10,18 +10,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from p2pasr import __version__
+from p2pasr.auditing import check_last_round, convict, hear, offer
 from p2pasr.averaging import outer
 from p2pasr.averaging.codec import Decoded, Flat, Layout
 from p2pasr.averaging.merkle import Tree
 from p2pasr.averaging.partfile import PartFile
 from p2pasr.averaging.rules import norm
 from p2pasr.errors import LocalError, NonFiniteStep, Reject, RemoteError, RoundFailed, TransportError
+from p2pasr.having import fetch_shards, shard_path
 from p2pasr.peers import sync as syncing
 from p2pasr.peers.blobs import BlobStore, file_digest
 from p2pasr.peers.identity import Identity
@@ -30,13 +31,15 @@ from p2pasr.peers.link import Link
 from p2pasr.peers.records import Records
 from p2pasr.peers.streams import patience
 from p2pasr.protocol.agreement import Agreement, quorum
-from p2pasr.protocol.assignment import assign, segment_seed
+from p2pasr.protocol.assignment import assign
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import (
+    MAX_AGAINST,
     MAX_ANCESTORS,
     MAX_RECEIPT_BYTES,
     Attestation,
+    Charge,
     Claim,
     Receipt,
     Roster,
@@ -52,6 +55,7 @@ from p2pasr.protocol.tensors import Tensors
 from p2pasr.report import Report
 from p2pasr.tasks.base import Bounded, Checkpoint, OnStep, SegmentPlan, Task
 from p2pasr.verify.conflict import Conflict, contradict
+from p2pasr.verify.evidence import ConflictProof
 from p2pasr.verify.record import RoundRecord, check_record, in_every_part
 from p2pasr.verify.trace import Trace, retain_traces
 
@@ -85,7 +89,6 @@ ATTEMPTS: Final = 3
 SLACK: Final = 1.01
 """How much further than the task's bound a value may have moved: the optimizer's own arithmetic is rounded too."""
 
-SHARD_SECONDS: Final = 600.0
 STATUS_SECONDS: Final = 20.0
 
 
@@ -101,7 +104,10 @@ class Member:
         unsettled: what this peer made of the round and attests, while not enough others do.
         fresh: whether it fetched or loaded its state instead of taking part in the round before.
         closes_at: when this peer's training of the round ends at the latest, seconds since 1970.
-        shunned: peers that are proved to have cheated in this round.
+        proved: peers that this one has seen proved to cheat.
+        shunned: those that gave members of this round different results; it is averaged without them.
+        charges: where the proofs that this peer holds can be had, by the accused.
+        heard: digests of the proofs that it has looked at.
         whole: shards whose bytes this process has compared with their digests.
         traffic: bytes sent and received, and connections open, when last counted.
     """
@@ -122,7 +128,10 @@ class Member:
     unsettled: Result | None = None
     fresh: bool = True
     closes_at: float = 0.0
+    proved: set[str] = field(default_factory=set)
     shunned: set[str] = field(default_factory=set)
+    charges: dict[str, Charge] = field(default_factory=dict)
+    heard: set[bytes] = field(default_factory=set)
     whole: set[bytes] = field(default_factory=set)
     traffic: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("bytes_sent", "bytes_received", "connections"), 0)
@@ -155,7 +164,8 @@ class Member:
     def in_our_round(self, roster: Mapping[str, Roster]) -> dict[str, Roster]:
         """Those of a roster who work on the same round from the same state."""
         ours = (self.state.round, self.state.digest)
-        return {peer: entry for peer, entry in roster.items() if (entry.round, entry.state) == ours}
+        present = {peer: entry for peer, entry in roster.items() if peer not in self.state.bans}
+        return {peer: entry for peer, entry in present.items() if (entry.round, entry.state) == ours}
 
     def say(self, stage: Stage, segments: int = 0) -> None:
         """Tell the others what this peer does now."""
@@ -181,7 +191,7 @@ class Member:
 
 
 def _view(manifest: RunManifest, state: State) -> RoundView:
-    return RoundView(manifest, state.run, state.round, state.digest, state.covered, state.credit)
+    return RoundView(manifest, state.run, state.round, state.digest, state.covered, state.credit, state.bans)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +240,9 @@ def run_round(member: Member) -> bool:
         return False
     work = resume(member)
     if work is None:
+        checked = check_last_round(member)
         shards = assign_shards(member)
-        trained = train(member, shards)
+        trained = train(member, shards, max(1, member.manifest.rounds.segments - checked))
         if trained is None:
             return False
         work = commit(member, shards, *trained)
@@ -296,6 +307,7 @@ def sync(member: Member) -> bool:
 def attestations(member: Member) -> dict[str, Signed[Attestation]]:
     """What everybody attests now, this peer too if it has said anything since it started."""
     seen = member.records.attestations(member.manifest)
+    seen = {peer: signed for peer, signed in seen.items() if peer not in member.state.bans}
     if member.attested is not None:
         seen[member.peer] = member.attested
     return seen
@@ -350,7 +362,16 @@ def overtaken(member: Member) -> bool:
 
 
 def ready_to_train(member: Member) -> bool:
-    """Whether there are peers enough and the round is still at its beginning; waits a while for both."""
+    """Whether there are peers enough and the round is still at its beginning; waits a while for both.
+
+    Raises:
+        LocalError: this peer was banned.
+    """
+    if member.peer in member.state.bans:
+        raise LocalError(
+            f"this peer was banned from the run in round {member.state.bans[member.peer]}: more than half of the "
+            f"round's peers hold a proof that it cheated; see the run's evidence folder of any of them"
+        )
     rounds = member.manifest.rounds
     started = time.monotonic()
     waiting = False
@@ -395,41 +416,14 @@ def assign_shards(member: Member) -> tuple[bytes, ...]:
     """This peer's shards for the round, fetched."""
     shards = assign(member.manifest, member.state.digest, member.state.covered, member.peer)
     member.step("assign", f"round {member.state.round}: {len(shards)} shards")
-    sizes = {ref.digest: ref.bytes for ref in member.manifest.shards}
-    missing = [shard for shard in shards if not is_whole(member, shard)]
-    for done, shard in enumerate(missing):
-        member.report.progress("fetching shards", done, len(missing))
-        size = sizes[shard.hex()]
-        member.link.call("fetch", SHARD_SECONDS, digest=shard, kind="shard", max_bytes=size, peers=())
-    if missing:
-        member.report.progress("fetching shards", len(missing), len(missing))
-        provide(member)
+    fetch_shards(member, shards)
     return shards
-
-
-def is_whole(member: Member, shard: bytes) -> bool:
-    """Whether a shard is here and undamaged; its bytes are read once a process."""
-    path = member.store.find(shard)
-    if path is not None and shard not in member.whole and file_digest(path) != shard:
-        member.report.warn(f"{path} was damaged on disk and is fetched again")
-        member.store.discard(shard)
-        path = None
-    if path is not None:
-        member.whole.add(shard)
-    return path is not None
-
-
-def provide(member: Member) -> None:
-    """Tell the directory which blobs of general interest can be had here."""
-    held = [bytes.fromhex(ref.digest) for ref in member.manifest.shards]
-    held = [shard for shard in held if member.store.find(shard) is not None]
-    member.link.call("provide", 10.0, digests=[member.state.run, *held])
 
 
 # --- train --------------------------------------------------------------------------------------
 
 
-def train(member: Member, shards: Sequence[bytes]) -> tuple[Checkpoint, Trace, list[float]] | None:
+def train(member: Member, shards: Sequence[bytes], segments: int) -> tuple[Checkpoint, Trace, list[float]] | None:
     """Train segments until they are done or the round closes; None if nothing of it may be used."""
     rounds = member.manifest.rounds
     member.closes_at = time.time() + rounds.max_seconds
@@ -439,15 +433,9 @@ def train(member: Member, shards: Sequence[bytes]) -> tuple[Checkpoint, Trace, l
     trace = Trace(member.store, member.state.run, member.state.round, member.peer)
     now = Checkpoint(member.state.params)
     losses: list[float] = []
-    for segment in range(rounds.segments):
+    for segment in range(segments):
         started = time.time()
-        plan = SegmentPlan(
-            seed=segment_seed(member.state.digest, member.peer, segment),
-            steps=rounds.steps_per_segment,
-            samples_per_step=rounds.samples_per_step,
-            first_step=(member.state.round * rounds.segments + segment) * rounds.steps_per_segment,
-            total_steps=rounds.rounds * rounds.segments * rounds.steps_per_segment,
-        )
+        plan = SegmentPlan.of(rounds, member.state.round, member.state.digest, member.peer, segment)
         try:
             now, report = member.task.segment(now, paths, plan, _progress(member, segment))
         except NonFiniteStep as error:
@@ -459,30 +447,18 @@ def train(member: Member, shards: Sequence[bytes]) -> tuple[Checkpoint, Trace, l
         seconds = time.time() - started
         member.report.emit(
             "segment",
-            f"round {member.state.round}: segment {segment + 1}/{rounds.segments}, loss {report.loss:.3f}",
+            f"round {member.state.round}: segment {segment + 1}/{segments}, loss {report.loss:.3f}",
             round=member.state.round,
             segment=segment + 1,
-            segments=rounds.segments,
+            segments=segments,
             loss=report.loss,
             seconds=round(seconds, 2),
         )
-        if segment + 1 < rounds.segments:
+        if segment + 1 < segments:
             if time.time() + seconds > member.closes_at:
                 break
             member.say("training", segments=segment + 1)
     return now, trace, losses
-
-
-def shard_path(member: Member, shard: bytes) -> Path:
-    """Where an assigned shard lies.
-
-    Raises:
-        TransportError: it was there and is gone; the next attempt fetches it again.
-    """
-    path = member.store.find(shard)
-    if path is None:
-        raise TransportError(f"shard {shard.hex()[:12]}… has vanished from {member.store.root}")
-    return path
 
 
 def wait_for_next_round(member: Member) -> None:
@@ -529,6 +505,7 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
     check_moves(member, encoded.largest, len(losses))
     rounds = member.manifest.rounds
     steps = len(losses) * rounds.steps_per_segment
+    hear(member)
     claim = seal(
         member.identity,
         Claim(
@@ -546,6 +523,7 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
             loss_before=losses[0],
             loss_after=losses[-1],
             hardware=member.task.hardware_class[:128],
+            against=tuple(sorted(member.proved - member.state.bans.keys())[:MAX_AGAINST]),
         ),
     )
     work = Work(claim, encoded.digest, tuple(trace.checkpoints))
@@ -666,7 +644,8 @@ def wait_for_claims(member: Member) -> set[str] | None:
         here = member.in_our_round(roster)
         claims = set(member.records.claims(member.view)) - member.shunned
         ready = (claims & set(here)) | {member.peer}
-        training = {p: r for p, r in here.items() if r.stage != "waiting" and p not in claims | member.shunned}
+        awaited = here.keys() - claims - member.shunned - member.proved
+        training = {p: r for p, r in here.items() if r.stage != "waiting" and p in awaited}
         theirs = min(max((r.closes_at for r in training.values()), default=0.0), began + rounds.max_seconds)
         closes = max(began, member.closes_at, theirs) + rounds.grace_seconds
         closed = time.time() > closes
@@ -700,6 +679,7 @@ def average(member: Member, work: Work, expected: set[str]) -> Merged:
         state=member.state.digest,
         covered=dict(member.state.covered),
         credit=dict(member.state.credit),
+        bans=dict(member.state.bans),
         claim=work.claim.pack(),
         delta=work.delta,
         reference=store_reference(member),
@@ -815,9 +795,8 @@ def compare_receipts(member: Member, result: Result) -> None:
         for other in theirs
         if contradict(ours, other)
     }
-    for peer, conflict in found.items():
-        path = member.journal.prove(f"{member.state.round:08d}-{peer}", conflict.pack())
-        member.report.emit("evidence", f"{conflict}; the proof is {path}", peer=peer, path=str(path))
+    for conflict in found.values():
+        convict(member, ConflictProof(conflict), str(conflict))
     if found:
         member.shunned.update(found)
         raise Reject(f"{', '.join(map(short, sorted(found)))} gave members different results")
@@ -866,10 +845,11 @@ def settle(member: Member, result: Result) -> None:
     hold(member, after)
     member.fresh = False
     retention = member.manifest.retention.checkpoint_rounds
-    retain_traces(member.journal, member.store, finished, work.delta, work.checkpoints, retention)
+    retain_traces(member.journal, member.store, finished, work.claim.pack(), work.delta, work.checkpoints, retention)
     member.store.retain("average", {result.merged.average})
     peers = [claim.message.peer for claim in result.merged.members]
     try:
+        offer(member)
         member.journal.remember_peers(tuple(a for r in member.records.roster().values() for a in r.addresses)[:32])
         status = member.link.call("status", STATUS_SECONDS)
         member.traffic = {name: status[name] for name in member.traffic}

@@ -155,7 +155,7 @@ class AllReduce:
         """Find a group and average with it.
 
         Args:
-            args: round, state, covered, credit (the view); claim (packed, ours); delta (digest of the encoded
+            args: round, state, covered, credit, bans (the view); claim (packed, ours); delta (digest of the encoded
                 one); reference (digest of the encoded last aggregate, None where the rule needs none or before the
                 first); limits (see :class:`Members`); expected (peers, ours among them), shunned (peers that are not
                 averaged with), min_size, window, timeout (of the group).
@@ -164,7 +164,7 @@ class AllReduce:
             group, members (packed claims), receipts (packed), average (digest of the encoded result).
         """
         manifest, run = self._read_manifest(), self._host.run
-        view = RoundView(manifest, run, args["round"], args["state"], args["covered"], args["credit"])
+        view = RoundView(manifest, run, args["round"], args["state"], args["covered"], args["credit"], args["bans"])
         layout = Layout.of(view.manifest.parameters, view.manifest.averaging)
         claim = unseal(args["claim"], Claim)
         with contextlib.ExitStack() as files:

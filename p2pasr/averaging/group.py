@@ -102,7 +102,7 @@ def check_gathered(peer: str, gathered: bytes, view: RoundView, shunned: Collect
         Ignore, Reject: it may not be averaged with.
     """
     if peer in shunned:
-        raise Reject(f"{short(peer)} cheated in this round")
+        raise Reject(f"{short(peer)} is proved to cheat")
     content = unpack(gathered, MAX_GATHER_BYTES)
     if not isinstance(content, dict) or content.keys() != {"claim", "reduces", "rates", "failed"}:
         raise Reject(f"{short(peer)} brought no claim")

@@ -75,8 +75,14 @@ class Host:
         self.node = Node(config.node, lambda reason: emit({"event": "waiting", "reason": reason}))
         self.store = BlobStore(Path(config.store_root), config.budget_bytes)
         self.pacer = Pacer(config.upload_bytes_per_second)
+        self.banned: frozenset[str] = frozenset()
         self.at_stop: list[Callable[[], None]] = []
-        self.calls: dict[str, Call] = {"announce": self._announce, "lookup": self._lookup, "status": self._status}
+        self.calls: dict[str, Call] = {
+            "announce": self._announce,
+            "lookup": self._lookup,
+            "status": self._status,
+            "ban": self._ban,
+        }
         self.directory: Directory
         self._incoming: Counter[str] = Counter()
 
@@ -140,6 +146,9 @@ class Host:
 
         async def handle(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             stream = Stream(str(info.peer_id), reader, writer, self.pacer, STREAM_SECONDS)
+            if stream.peer in self.banned:
+                stream.close()
+                return
             if self._incoming[stream.peer] >= MAX_INCOMING_PER_PEER or self._incoming.total() >= MAX_INCOMING:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(REFUSAL_SECONDS):
@@ -193,6 +202,11 @@ class Host:
 
     async def _lookup(self, args: dict[str, Any]) -> dict[str, Any]:
         return {"records": await self.directory.get(args["kind"], args["scope"])}
+
+    async def _ban(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Serve these peers no more, and no others any less."""
+        self.banned = frozenset(args["peers"])
+        return {}
 
     async def _status(self, _args: dict[str, Any]) -> dict[str, Any]:
         return {

@@ -107,7 +107,7 @@ class Journal:
         )
 
     def traces(self) -> dict[int, dict[str, Any]]:
-        """Round → {delta, checkpoints} in hex, as far as they are kept."""
+        """Round → {claim, delta, checkpoints} in hex, as far as they are kept."""
         return _read(self.folder / "traces.json", _parse_traces) or {}
 
     def keep_traces(self, traces: dict[int, dict[str, Any]]) -> None:
@@ -125,6 +125,11 @@ class Journal:
     def record(self, round_number: int, record: bytes) -> None:
         """Add a round record to the lineage."""
         self._replace(self.folder / "lineage" / f"{round_number:08d}.msgpack", record)
+
+    def read_record(self, round_number: int) -> bytes | None:
+        """The packed record of a round; None where this peer took no part in it."""
+        path = self.folder / "lineage" / f"{round_number:08d}.msgpack"
+        return path.read_bytes() if path.is_file() else None
 
     @staticmethod
     def read_records(folder: Path) -> list[bytes]:
@@ -181,7 +186,7 @@ def _parse_pending(content: dict[str, Any]) -> Pending:
 
 def _parse_traces(content: dict[str, Any]) -> dict[int, dict[str, Any]]:
     for trace in content.values():
-        bytes.fromhex("".join([trace["delta"], *trace["checkpoints"]]))
+        bytes.fromhex("".join([trace["claim"], trace["delta"], *trace["checkpoints"]]))
     return {int(number): trace for number, trace in content.items()}
 
 

@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 from p2pasr.errors import Ignore, Reject
 from p2pasr.peers.link import Link
 from p2pasr.protocol.manifest import RunManifest
-from p2pasr.protocol.messages import Attestation, Claim, Message, Roster, Signed, seal, unseal
+from p2pasr.protocol.messages import Accusation, Attestation, Audit, Claim, Message, Roster, Signed, seal, unseal
 from p2pasr.protocol.rules import RoundView, check_attestation, check_claim, check_roster
 from p2pasr.protocol.signing import Signer, short
 
@@ -17,6 +17,8 @@ ROSTER_TTL: Final = 20.0
 
 CLAIM_TTL: Final = 120.0
 ATTESTATION_TTL: Final = 60.0
+AUDIT_TTL: Final = 600.0
+ACCUSATION_TTL: Final = 600.0
 LOOKUP_SECONDS: Final = 20.0
 
 M = TypeVar("M", bound=Message)
@@ -78,6 +80,28 @@ class Records:
     def announce_attestation(self, attestation: Signed[Attestation]) -> None:
         """Publish this peer's attestation; replaces the one before."""
         self._link.announce("attestation", "attestation", "all", attestation.pack(), ATTESTATION_TTL)
+
+    def announce_audit(self, audit: Signed[Audit]) -> None:
+        """Publish what this peer found when it checked a round."""
+        self._link.announce("audit", "audit", str(audit.message.round), audit.pack(), AUDIT_TTL, wait=False)
+
+    def audits(self, round_number: int) -> dict[str, Signed[Audit]]:
+        """What others found when they checked a round."""
+        return self._read("audit", str(round_number), Audit, self._check_run)
+
+    def announce_accusation(self, accusation: Signed[Accusation]) -> None:
+        """Publish where the proofs that this peer holds can be had; replaces what it said before."""
+        self._link.announce("accusation", "accusation", "all", accusation.pack(), ACCUSATION_TTL, wait=False)
+
+    def accusations(self) -> dict[str, Signed[Accusation]]:
+        """Where others say that proofs can be had."""
+        found = self._read("accusation", "all", Accusation, self._check_run)
+        found.pop(self.peer, None)
+        return found
+
+    def _check_run(self, signed: Signed[Audit] | Signed[Accusation]) -> None:
+        if signed.message.run != self._run:
+            raise Reject(f"{short(signed.message.peer)} speaks of another run")
 
     def _read(
         self, kind: str, scope: str, expected: type[M], check: Callable[[Signed[M]], None]

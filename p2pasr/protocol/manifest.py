@@ -152,6 +152,27 @@ class DataSection(_Section):
     """When several claims of one round name a shard: `average` counts all, `first` the lowest digest."""
 
 
+class VerifySection(_Section):
+    """How much of what peers claim is done again by others."""
+
+    rate: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Share of the claims that each of their auditors re-runs a segment of. 0 switches re-runs off."""
+    auditors: Annotated[int, Field(ge=1, le=16)] = 1
+    """Members of a round that may be drawn to audit each of its claims."""
+    parts: Annotated[int, Field(ge=0, le=64)] = 1
+    """Parts of each reducer's share that its auditors reduce again, bit for bit."""
+    close: Annotated[float, Field(gt=0, lt=1)] = 2e-4
+    """A re-run on other hardware whose relative error is at most this is taken for the same."""
+    far: Annotated[float, Field(gt=0, lt=1)] = 1e-2
+    """From this error on it is proof of cheating; between the two nobody can tell, and nobody is blamed."""
+
+    @model_validator(mode="after")
+    def _a_gap_lies_between(self) -> VerifySection:
+        if self.far < 3 * self.close:
+            raise ValueError(f"far ({self.far}) must be at least three times close ({self.close}); raise the one")
+        return self
+
+
 class RetentionSection(_Section):
     """How long a peer keeps what it could be asked for."""
 
@@ -169,6 +190,7 @@ class RunConfig(_Section):
     data: DataSection = DataSection()
     averaging: AveragingSection = AveragingSection()
     retention: RetentionSection = RetentionSection()
+    verify: VerifySection = VerifySection()
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
 
     @field_validator("name")

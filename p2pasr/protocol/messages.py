@@ -23,6 +23,12 @@ MAX_RECORD_BYTES: Final = 8 * 1024
 MAX_RECEIPT_BYTES: Final = 1 << 20
 """Longest receipt: it names every part of one reducer, and travels on a stream, not in the DHT."""
 
+MAX_AGAINST: Final = 16
+"""How many peers one claim can speak against."""
+
+MAX_FINDINGS: Final = 32
+"""How many checks of one round a peer reports."""
+
 MAX_ANCESTORS: Final = 16
 """How many rounds back an attestation speaks."""
 
@@ -83,6 +89,7 @@ class Claim:
         delta_norm: L2 norm of the delta before encoding.
         loss_before, loss_after: mean loss of the first and of the last segment.
         hardware: self-declared hardware class of the training.
+        against: peers that this one has seen proved to cheat, ascending; see :func:`p2pasr.protocol.state.condemn`.
     """
 
     kind: ClassVar[str] = "claim"
@@ -102,6 +109,7 @@ class Claim:
     loss_before: Loss
     loss_after: Loss
     hardware: Word
+    against: Annotated[tuple[PeerId, ...], MaxLen(MAX_AGAINST)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +179,110 @@ class Receipt:
     parts: Annotated[tuple[PartReceipt, ...], MaxLen(1 << 16)]
 
 
-Message = Roster | Claim | Attestation | Receipt
+@dataclass(frozen=True, slots=True)
+class Commitment:
+    """An auditor's word for what its re-run came to, given before it sees what was claimed.
+
+    Attributes:
+        claim: digest of the claim that it audits.
+        segment: which segment.
+        result: digest of the re-run's packed checkpoint behind 32 random bytes, see :func:`commit_to`.
+    """
+
+    kind: ClassVar[str] = "commitment"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    run: Digest
+    peer: PeerId
+    claim: Digest
+    segment: Count
+    result: Digest
+
+
+def commit_to(result: bytes, salt: bytes) -> bytes:
+    """What a commitment holds: nobody can tell the result from it, and its author cannot change it any more.
+
+    Args:
+        result: digest of a packed checkpoint.
+        salt: 32 random bytes, told later.
+    """
+    return digest("committed-result", result + salt)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check came to.
+
+    Attributes:
+        peer: whose work was checked.
+        statement: digest of its claim or receipt.
+        item: the segment or the part.
+        finding: `same` bits, `close` enough for other hardware, `unclear`, `different` (a proof exists), or
+            `unavailable`: what it committed to was not to be had.
+        error: relative error of a re-run.
+        result, salt: what was committed to before the claimed result was seen; zeros where nothing was trained.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    peer: PeerId
+    statement: Digest
+    item: Count
+    finding: Literal["same", "close", "unclear", "different", "unavailable"]
+    error: Amount
+    result: Digest
+    salt: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What a peer found when it checked a round.
+
+    Attributes:
+        round: the round that was checked.
+        state: digest of the state that came of it, from which the checks were drawn.
+    """
+
+    kind: ClassVar[str] = "audit"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    run: Digest
+    peer: PeerId
+    round: Round
+    state: Digest
+    findings: Annotated[tuple[Finding, ...], MaxLen(MAX_FINDINGS)]
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """Where a proof against a peer can be had.
+
+    Attributes:
+        accused: the peer.
+        proof: digest of the packed proof, a blob.
+        size: its bytes.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    accused: PeerId
+    proof: Digest
+    size: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Accusation:
+    """The proofs that a peer holds; whoever reads this checks them for itself."""
+
+    kind: ClassVar[str] = "accusation"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    run: Digest
+    peer: PeerId
+    charges: Annotated[tuple[Charge, ...], MaxLen(MAX_AGAINST)]
+
+
+Message = Roster | Claim | Attestation | Receipt | Commitment | Audit | Accusation
 M = TypeVar("M", bound=Message)
 
 
@@ -255,5 +366,5 @@ def _as_map(value: Any) -> Any:
 
 
 _ADAPTERS: Final[dict[type, TypeAdapter[Any]]] = {
-    kind: TypeAdapter(kind) for kind in (Roster, Claim, Attestation, Receipt)
+    kind: TypeAdapter(kind) for kind in (Roster, Claim, Attestation, Receipt, Commitment, Audit, Accusation)
 }

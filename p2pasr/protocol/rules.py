@@ -20,6 +20,7 @@ class RoundView:
         round, state: the round, and the digest of the state it starts from.
         covered: hex digest of a shard → merged claims that named it in this epoch.
         credit: peer → seconds of audio of its merged claims.
+        bans: peer → the round in which it was banned.
     """
 
     manifest: RunManifest
@@ -28,6 +29,7 @@ class RoundView:
     state: bytes
     covered: Mapping[str, int]
     credit: Mapping[str, float]
+    bans: Mapping[str, int]
     _assigned: dict[str, tuple[bytes, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def assigned(self, peer: str) -> tuple[bytes, ...]:
@@ -65,6 +67,12 @@ def check_claim(claim: Claim, view: RoundView) -> None:
         raise Reject(f"{who} states {claim.steps} steps in {claim.segments} segments")
     if claim.samples != claim.steps * rounds.samples_per_step:
         raise Reject(f"{who} states {claim.samples} samples in {claim.steps} steps")
+    # C6 Who was banned takes no part any more.
+    if claim.peer in view.bans:
+        raise Ignore(f"{short(claim.peer)} was banned in round {view.bans[claim.peer]}")
+    # C7 It speaks against others, each once, in order, and not against those who are out already.
+    if list(claim.against) != sorted(set(claim.against) - {claim.peer} - view.bans.keys()):
+        raise Reject(f"{who} speaks against peers out of order, twice, or in vain")
 
 
 def check_part(index: int, largest: float, claim: Claim, limits: Sequence[float] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,7 @@ class State:
         epoch: how often all shards have been covered.
         covered: hex digest of a shard → merged claims that named it in this epoch.
         credit: peer → seconds of audio of its merged claims.
+        bans: peer → the round in which it was banned.
     """
 
     run: bytes
@@ -47,6 +49,7 @@ class State:
     epoch: int
     covered: dict[str, int]
     credit: dict[str, float]
+    bans: dict[str, int]
 
     @property
     def pieces(self) -> tuple[bytes | memoryview, ...]:
@@ -61,6 +64,7 @@ class State:
             "epoch": self.epoch,
             "covered": self.covered,
             "credit": self.credit,
+            "bans": self.bans,
         }
         return tensor_pieces(tensors, meta)
 
@@ -88,7 +92,7 @@ class State:
 
 def genesis(manifest: RunManifest, params: Tensors) -> State:
     """The state before round 0, which every peer computes for itself from the manifest."""
-    return State(manifest.run_id, 0, NO_PARENT, params, {}, 0, {}, {})
+    return State(manifest.run_id, 0, NO_PARENT, params, {}, 0, {}, {}, {})
 
 
 def params_digest(params: Tensors) -> bytes:
@@ -142,6 +146,7 @@ def parse_state(blob: bytes, manifest: RunManifest, like: Tensors) -> State:
             epoch=meta["epoch"],
             covered=meta["covered"],
             credit=meta["credit"],
+            bans=meta["bans"],
         )
         sound = meta["format"] == FORMAT and state.digest == blob_digest(blob)
     except ValueError as error:
@@ -158,11 +163,11 @@ def _check_ledger(meta: Mapping[str, Any], manifest: RunManifest) -> None:
         Reject: no.
     """
     shards = {shard.digest for shard in manifest.shards}
-    covered, credit = meta.get("covered"), meta.get("credit")
+    covered, credit, bans = meta.get("covered"), meta.get("credit"), meta.get("bans")
     numbers = (meta.get("round"), meta.get("epoch"))
     parents = (meta.get("run"), meta.get("parent"))
     sound = (
-        meta.keys() == {"format", "run", "round", "parent", "epoch", "covered", "credit"}
+        meta.keys() == {"format", "run", "round", "parent", "epoch", "covered", "credit", "bans"}
         and all(type(number) is int and 0 <= number <= 1 << 31 for number in numbers)
         and all(isinstance(name, str) and len(name) == 2 * DIGEST_BYTES for name in parents)
         and isinstance(covered, dict)
@@ -172,6 +177,8 @@ def _check_ledger(meta: Mapping[str, Any], manifest: RunManifest) -> None:
             isinstance(peer, str) and isinstance(seconds, float) and isfinite(seconds) and seconds >= 0
             for peer, seconds in credit.items()
         )
+        and isinstance(bans, dict)
+        and all(isinstance(peer, str) and type(number) is int and number >= 0 for peer, number in bans.items())
     )
     if not sound:
         raise Reject("a state's description is malformed")
@@ -195,6 +202,7 @@ def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params
         epoch=state.epoch + ended,
         covered=covered,
         credit=earn(state.credit, merged, manifest),
+        bans=condemn(state.bans, merged, state.round),
     )
 
 
@@ -218,6 +226,18 @@ def trained_seconds(claim: Claim, manifest: RunManifest, seconds: Mapping[str, f
     """
     audio = sum(seconds[shard.hex()] for shard in sorted(claim.shards))
     return audio * claim.segments / manifest.rounds.segments
+
+
+def condemn(bans: Mapping[str, int], merged: Iterable[Claim], round_number: int) -> dict[str, int]:
+    """Who is banned after a round: those that more than half of its merged claims speak against, and those before.
+
+    A peer speaks against another only when it has checked the proof itself, so that the majority which decides what
+    the state is decides this too, and nobody is banned on one peer's word where there are others.
+    """
+    claims = list(merged)
+    votes = Counter(peer for claim in claims for peer in claim.against)
+    fresh = {peer: round_number for peer, count in votes.items() if 2 * count > len(claims)}
+    return dict(sorted({**fresh, **bans}.items()))
 
 
 def cover(covered: Mapping[str, int], merged: Iterable[Claim], manifest: RunManifest) -> tuple[dict[str, int], bool]:
@@ -253,4 +273,5 @@ def describe(state: State) -> dict[str, Any]:
         "shards_covered": len(state.covered),
         "seconds_merged": round(state.work, 1),
         "peers_credited": len(state.credit),
+        "peers_banned": len(state.bans),
     }

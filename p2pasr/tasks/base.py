@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from p2pasr.protocol.assignment import segment_seed
+from p2pasr.protocol.manifest import RoundSection
 from p2pasr.protocol.tensors import Tensors, tensor_pieces, unpack_tensors
 
 CHECKPOINT_FORMAT = "p2pasr-checkpoint/1"
@@ -74,6 +76,21 @@ class SegmentPlan:
     samples_per_step: int
     first_step: int
     total_steps: int
+
+    @classmethod
+    def of(cls, rounds: RoundSection, round_number: int, state: bytes, peer: str, segment: int) -> SegmentPlan:
+        """How a peer trains one segment of a round, and how anybody trains it again.
+
+        Args:
+            state: digest of the state that the round starts from.
+        """
+        return cls(
+            seed=segment_seed(state, peer, segment),
+            steps=rounds.steps_per_segment,
+            samples_per_step=rounds.samples_per_step,
+            first_step=(round_number * rounds.segments + segment) * rounds.steps_per_segment,
+            total_steps=rounds.rounds * rounds.segments * rounds.steps_per_segment,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from p2pasr.errors import RemoteError
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.rules import RoundView
-from p2pasr.protocol.state import State, cover, earn
+from p2pasr.protocol.state import State, condemn, cover, earn
 from p2pasr.verify.record import RoundRecord, check_record
 
 
@@ -33,9 +33,9 @@ def follow(
         start: the state before the first record's round.
         average: an encoded average by its digest, None where it is not kept.
     """
-    number, state, covered, credit = start.round, start.digest, start.covered, start.credit
+    number, state, covered, credit, bans = start.round, start.digest, start.covered, start.credit, start.bans
     for record in records:
-        view = RoundView(manifest, manifest.run_id, number, state, covered, credit)
+        view = RoundView(manifest, manifest.run_id, number, state, covered, credit, bans)
         try:
             check_record(record, view, average(record.average))
         except RemoteError as error:
@@ -45,4 +45,5 @@ def follow(
         merged = record.merged()
         covered, _ = cover(covered, merged, manifest)
         credit = earn(credit, merged, manifest)
+        bans = condemn(bans, merged, number)
         number, state = number + 1, record.after

@@ -33,15 +33,26 @@ class Trace:
 
 
 def retain_traces(
-    journal: Journal, store: BlobStore, round_number: int, delta: bytes, checkpoints: Sequence[bytes], rounds: int
+    journal: Journal,
+    store: BlobStore,
+    round_number: int,
+    claim: bytes,
+    delta: bytes,
+    checkpoints: Sequence[bytes],
+    rounds: int,
 ) -> None:
     """Remember a finished round's trace and delete those whose audit window has closed.
 
     Args:
+        claim: packed, so that its trace can still be opened after a restart.
         rounds: how many rounds a trace is kept.
     """
     traces = {number: trace for number, trace in journal.traces().items() if number > round_number - rounds}
-    traces[round_number] = {"delta": delta.hex(), "checkpoints": [digest.hex() for digest in checkpoints]}
+    traces[round_number] = {
+        "claim": claim.hex(),
+        "delta": delta.hex(),
+        "checkpoints": [digest.hex() for digest in checkpoints],
+    }
     journal.keep_traces(traces)
     store.retain("delta", {bytes.fromhex(trace["delta"]) for trace in traces.values()})
     store.retain("checkpoint", {bytes.fromhex(c) for trace in traces.values() for c in trace["checkpoints"]})

@@ -96,7 +96,7 @@ def make_state(manifest: RunManifest) -> State:
 
 def view_of(manifest: RunManifest, state: State) -> RoundView:
     """What a peer that holds this state judges the round by."""
-    return RoundView(manifest, state.run, state.round, state.digest, state.covered, state.credit)
+    return RoundView(manifest, state.run, state.round, state.digest, state.covered, state.credit, state.bans)
 
 
 def make_claim(who: Identity, manifest: RunManifest, held: State, /, **changes: Any) -> Claim:
@@ -118,6 +118,7 @@ def make_claim(who: Identity, manifest: RunManifest, held: State, /, **changes: 
         "loss_before": 4.0,
         "loss_after": 3.5,
         "hardware": "cpu x86-64",
+        "against": (),
     }
     return Claim(**{**fields, **changes})
 

@@ -952,7 +952,7 @@ def test_a_group_told_in_two_ways_has_two_names() -> None:
 def test_a_shunned_peer_is_not_averaged_with() -> None:
     members = members_of(2)
     group = group_of(members)
-    with pytest.raises(Reject, match="cheated in this round"):
+    with pytest.raises(Reject, match="is proved to cheat"):
         check_group(group, VIEW, members.claims[0], shunned={group.peers[1]})
 
 
@@ -984,6 +984,7 @@ def call_of(host: Host, claim: Signed[Claim], delta: bytes) -> dict[str, Any]:
         "state": STATE.digest,
         "covered": {},
         "credit": {},
+        "bans": {},
         "claim": claim.pack(),
         "delta": host.store.put("delta", delta),
         "reference": None,

@@ -65,7 +65,10 @@ def test_a_claim_that_was_written_down_is_found_again_until_the_next(journal: Jo
 
 
 def test_traces_peers_and_records_are_found_again(journal: Journal) -> None:
-    traces = {3: {"delta": "aa", "checkpoints": ["bb"]}, 4: {"delta": "cc", "checkpoints": []}}
+    traces = {
+        3: {"claim": "99", "delta": "aa", "checkpoints": ["bb"]},
+        4: {"claim": "", "delta": "cc", "checkpoints": []},
+    }
     journal.keep_traces(traces)
     journal.remember_peers(MADDRS)
     journal.record(7, b"record")
@@ -145,8 +148,9 @@ def test_a_damaged_file_is_one_clear_sentence(journal: Journal, name: str, data:
         ("pending.json", b'{"round": 1, "state": "zz", "claim": "", "delta": "", "checkpoints": []}'),
         ("pending.json", b'{"round": 1, "state": "", "claim": 7, "delta": "", "checkpoints": []}'),
         ("pending.json", b'{"round": "x", "state": "", "claim": "", "delta": "", "checkpoints": []}'),
-        ("traces.json", b'{"x": {"delta": "", "checkpoints": []}}'),
-        ("traces.json", b'{"0": {"delta": "", "checkpoints": ["zz"]}}'),
+        ("traces.json", b'{"x": {"claim": "", "delta": "", "checkpoints": []}}'),
+        ("traces.json", b'{"0": {"claim": "", "delta": "", "checkpoints": ["zz"]}}'),
+        ("traces.json", b'{"0": {"delta": "", "checkpoints": []}}'),
         ("traces.json", b'{"0": {"delta": ""}}'),
         ("traces.json", b'{"0": 7}'),
         ("peers.json", b"{}"),

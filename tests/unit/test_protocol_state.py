@@ -386,4 +386,5 @@ def test_a_description_for_people_has_the_ledger_in_it() -> None:
         "shards_covered": len(LATER.covered),
         "seconds_merged": round(LATER.work, 1),
         "peers_credited": 2,
+        "peers_banned": 0,
     }

@@ -51,7 +51,7 @@ def finish(journal: Journal, store: BlobStore, number: int, rounds: int) -> tupl
     delta = store.put("delta", f"delta {number}".encode())
     names = (f"{number} a", f"{number} b", f"shared {number // 2}")
     checkpoints = [store.put("checkpoint", name.encode()) for name in names]
-    retain_traces(journal, store, number, delta, checkpoints, rounds)
+    retain_traces(journal, store, number, b"claim", delta, checkpoints, rounds)
     return delta, checkpoints
 
 
@@ -65,10 +65,10 @@ def test_traces_are_kept_for_so_many_rounds(journal: Journal, store: BlobStore, 
 
 
 def test_a_round_that_is_finished_again_replaces_its_trace(journal: Journal, store: BlobStore) -> None:
-    retain_traces(journal, store, 3, store.put("delta", b"first"), [store.put("checkpoint", b"1")], 2)
+    retain_traces(journal, store, 3, b"claim", store.put("delta", b"first"), [store.put("checkpoint", b"1")], 2)
     second = store.put("delta", b"second")
-    retain_traces(journal, store, 3, second, [], 2)
-    assert journal.traces() == {3: {"delta": second.hex(), "checkpoints": []}}
+    retain_traces(journal, store, 3, b"other", second, [], 2)
+    assert journal.traces() == {3: {"claim": b"other".hex(), "delta": second.hex(), "checkpoints": []}}
     assert store.holds("delta") == [second]
     assert store.holds("checkpoint") == []
 

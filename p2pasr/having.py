@@ -1,0 +1,60 @@
+"""Having shards: fetching those that are missing, and offering to others those that are here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from p2pasr.errors import TransportError
+from p2pasr.peers.blobs import file_digest
+
+if TYPE_CHECKING:
+    from p2pasr.round import Member
+
+SHARD_SECONDS: Final = 600.0
+"""How long one shard may take."""
+
+
+def fetch_shards(member: Member, shards: Sequence[bytes]) -> None:
+    """Get the shards that are not here, and offer them to others from then on."""
+    sizes = {ref.digest: ref.bytes for ref in member.manifest.shards}
+    missing = [shard for shard in shards if not is_whole(member, shard)]
+    for done, shard in enumerate(missing):
+        member.report.progress("fetching shards", done, len(missing))
+        size = sizes[shard.hex()]
+        member.link.call("fetch", SHARD_SECONDS, digest=shard, kind="shard", max_bytes=size, peers=())
+    if missing:
+        member.report.progress("fetching shards", len(missing), len(missing))
+        provide(member)
+
+
+def is_whole(member: Member, shard: bytes) -> bool:
+    """Whether a shard is here and undamaged; its bytes are read once a process."""
+    path = member.store.find(shard)
+    if path is not None and shard not in member.whole and file_digest(path) != shard:
+        member.report.warn(f"{path} was damaged on disk and is fetched again")
+        member.store.discard(shard)
+        path = None
+    if path is not None:
+        member.whole.add(shard)
+    return path is not None
+
+
+def provide(member: Member) -> None:
+    """Tell the directory which blobs of general interest can be had here."""
+    held = [bytes.fromhex(ref.digest) for ref in member.manifest.shards]
+    held = [shard for shard in held if member.store.find(shard) is not None]
+    member.link.call("provide", 10.0, digests=[member.state.run, *held])
+
+
+def shard_path(member: Member, shard: bytes) -> Path:
+    """Where an assigned shard lies.
+
+    Raises:
+        TransportError: it was there and is gone; the next attempt fetches it again.
+    """
+    path = member.store.find(shard)
+    if path is None:
+        raise TransportError(f"shard {shard.hex()[:12]}… has vanished from {member.store.root}")
+    return path

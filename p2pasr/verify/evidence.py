@@ -1,0 +1,443 @@
+"""Proofs that a peer cheated, each complete in itself: whoever has the manifest can check one alone.
+
+============  ===============================================  ===========================================
+kind          what it shows                                    how it is checked
+============  ===============================================  ===========================================
+conflict      two claims in a round, or two receipts in a      by arithmetic
+              group, under one signature
+link          a delta that is not the one between the state    by arithmetic
+              and the claim's own last checkpoint
+reduction     a part whose stated result is not what the rule  by arithmetic
+              makes of the parts that it states
+segment       a checkpoint that training does not lead to      by training that segment again
+============  ===============================================  ===========================================
+
+A proof carries the statements that its accused signed and the bytes that these commit to. Nothing
+that an accuser says enters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import isclose, sqrt
+from typing import Any, ClassVar, Final, Protocol
+
+import numpy as np
+
+from p2pasr.averaging import rules
+from p2pasr.averaging.codec import Flat, Layout
+from p2pasr.averaging.merkle import Tree
+from p2pasr.errors import LocalError, Reject
+from p2pasr.protocol.encoding import DIGEST_BYTES, MEBIBYTE, blob_digest, pack, unpack
+from p2pasr.protocol.manifest import RunManifest
+from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Claim, Receipt, Signed, unseal
+from p2pasr.protocol.signing import short
+from p2pasr.protocol.state import State, parse_state
+from p2pasr.protocol.tensors import Tensors, unpack_tensors
+from p2pasr.verify.compare import compare
+from p2pasr.verify.conflict import Conflict
+
+MAX_PROOF_BYTES: Final = 1024 * MEBIBYTE
+
+Rerun = Callable[[Claim, int, bytes | None], bytes]
+"""Trains one segment of a claim again, from a packed checkpoint or, for the first, from the state of its round;
+returns the packed checkpoint at its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """What a proof is checked with.
+
+    Attributes:
+        like: the run's initial parameters, for names and shapes.
+        rerun: None where nothing can be trained again, so that only arithmetic is checked.
+    """
+
+    manifest: RunManifest
+    like: Tensors
+    rerun: Rerun | None = None
+
+
+class Proof(Protocol):
+    """One kind of proof."""
+
+    kind: ClassVar[str]
+
+    @property
+    def accused(self) -> str:
+        """Who signed what is disproved."""
+
+    def body(self) -> dict[str, Any]:
+        """Its parts as they are packed."""
+
+    def check(self, judge: Judge) -> str:
+        """See that it proves what it says; returns that as one sentence.
+
+        Raises:
+            Reject: it proves nothing.
+            LocalError: it cannot be checked here.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class ConflictProof:
+    """Two statements that no honest peer signs both."""
+
+    kind: ClassVar[str] = "conflict"
+    conflict: Conflict
+
+    @property
+    def accused(self) -> str:
+        """See :class:`Proof`."""
+        return self.conflict.peer
+
+    def body(self) -> dict[str, Any]:
+        """See :class:`Proof`."""
+        return {"conflict": self.conflict.pack()}
+
+    def check(self, judge: Judge) -> str:
+        """See :class:`Proof`; that the statements contradict each other was checked when they were put together."""
+        if self.conflict.first.message.run != judge.manifest.run_id:
+            raise Reject("a proof is about another run")
+        return str(self.conflict)
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A checkpoint of a claim's trace, with the way to its root.
+
+    Attributes:
+        data: the packed checkpoint.
+        proof: siblings from its leaf to the trace's root.
+    """
+
+    data: bytes
+    proof: tuple[bytes, ...]
+
+    def check(self, claim: Claim, index: int) -> None:
+        """Does it lie under the claim's trace?
+
+        Raises:
+            Reject: no.
+        """
+        tree = Tree("trace", claim.run, claim.round, claim.peer)
+        tree.check(claim.trace_root, index, claim.segments, blob_digest(self.data), self.proof)
+
+    def body(self) -> dict[str, Any]:
+        """As it is packed."""
+        return {"data": self.data, "proof": self.proof}
+
+
+@dataclass(frozen=True, slots=True)
+class LinkProof:
+    """A claim whose last checkpoint and delta do not belong together.
+
+    Attributes:
+        before: the state that the claim starts from, packed.
+        last: its last checkpoint.
+    """
+
+    kind: ClassVar[str] = "link"
+    claim: Signed[Claim]
+    before: bytes
+    last: Opening
+
+    @property
+    def accused(self) -> str:
+        """See :class:`Proof`."""
+        return self.claim.message.peer
+
+    def body(self) -> dict[str, Any]:
+        """See :class:`Proof`."""
+        return {"claim": self.claim.pack(), "before": self.before, "last": self.last.body()}
+
+    def check(self, judge: Judge) -> str:
+        """See :class:`Proof`."""
+        claim = self.claim.message
+        before = _state(self.before, claim, judge)
+        self.last.check(claim, claim.segments - 1)
+        if delta_of(claim, before, self.last.data, judge.manifest) == (claim.delta_root, True):
+            raise Reject("the claim's delta is the one that its last checkpoint gives")
+        return f"{short(claim.peer)} claimed a delta in round {claim.round} that its own last checkpoint does not give"
+
+
+def delta_of(claim: Claim, before: State, last: bytes, manifest: RunManifest) -> tuple[bytes, bool]:
+    """What the delta between a state and a packed checkpoint commits to.
+
+    Returns:
+        The root over its parts, empty where the checkpoint is none, and whether its norm is the claimed one.
+    """
+    try:
+        after = checkpoint_params(last)
+    except Reject:
+        return b"", False
+    forms = [{name: (array.shape, array.dtype) for name, array in params.items()} for params in (before.params, after)]
+    if forms[0] != forms[1]:
+        return b"", False
+    layout = Layout.of(manifest.parameters, manifest.averaging)
+    start, end = Flat(before.params), Flat(after)
+    digests: list[bytes] = []
+    squares = 0.0
+    for cut in layout.cuts():
+        vector = end[cut] - start[cut]
+        if not np.isfinite(vector).all():
+            return b"", False
+        digests.append(blob_digest(layout.codec.encode(vector)))
+        squares += rules.norm(vector) ** 2
+    root = Tree("delta", claim.run, claim.round, claim.peer).root(digests)
+    return root, isclose(claim.delta_norm, sqrt(squares), rel_tol=1e-6)
+
+
+@dataclass(frozen=True, slots=True)
+class ReductionProof:
+    """A receipt that states a wrong result for a part.
+
+    Attributes:
+        members: the claims of the group, in its order.
+        before: the state that the round started from, packed; weights follow from its ledger.
+        index: the part.
+        parts: for each sender that the receipt states, its part and the way to its claim's root.
+    """
+
+    kind: ClassVar[str] = "reduction"
+    receipt: Signed[Receipt]
+    members: tuple[Signed[Claim], ...]
+    before: bytes
+    index: int
+    parts: Mapping[int, tuple[bytes, tuple[bytes, ...]]]
+
+    @property
+    def accused(self) -> str:
+        """See :class:`Proof`."""
+        return self.receipt.message.peer
+
+    def body(self) -> dict[str, Any]:
+        """See :class:`Proof`."""
+        return {
+            "receipt": self.receipt.pack(),
+            "members": [claim.pack() for claim in self.members],
+            "before": self.before,
+            "index": self.index,
+            "parts": [[position, data, list(way)] for position, (data, way) in sorted(self.parts.items())],
+        }
+
+    def check(self, judge: Judge) -> str:
+        """See :class:`Proof`."""
+        receipt, manifest = self.receipt.message, judge.manifest
+        claims = [member.message for member in self.members]
+        if tuple(member.digest for member in self.members) != receipt.members:
+            raise Reject("a receipt is about other claims")
+        before = _state(self.before, claims[0], judge)
+        stated = next((part for part in receipt.parts if part.index == self.index), None)
+        if stated is None or set(stated.senders) != self.parts.keys() or receipt.state != before.digest:
+            raise Reject("a receipt does not state a part with these senders")
+        if max(self.parts) >= len(claims):
+            return f"{short(receipt.peer)} states senders in round {receipt.round} that its group does not have"
+        layout = Layout.of(manifest.parameters, manifest.averaging)
+        for position, (data, way) in self.parts.items():
+            claim = claims[position]
+            tree = Tree("delta", claim.run, claim.round, claim.peer)
+            tree.check(claim.delta_root, self.index, layout.parts, blob_digest(data), way)
+        result = reduce_again(claims, before, manifest, self.index, {at: data for at, (data, _) in self.parts.items()})
+        if result is not None and blob_digest(result) == stated.result:
+            raise Reject("the part's result is the right one")
+        return f"{short(receipt.peer)} states a wrong result for part {self.index} of round {receipt.round}"
+
+
+def reduce_again(
+    claims: list[Claim], before: State, manifest: RunManifest, index: int, parts: Mapping[int, bytes]
+) -> bytes | None:
+    """The encoded result of one part; None where a sender's bytes cannot be decoded, which no reducer may take.
+
+    Args:
+        claims: the group's, in its order.
+        parts: position → encoded part, already checked against the claims.
+    """
+    layout = Layout.of(manifest.parameters, manifest.averaging)
+    codec, size = layout.codec, layout.part_size(index)
+    try:
+        decoded = {position: codec.decode(data, size) for position, data in parts.items()}
+    except Reject:
+        return None
+    reference = None
+    if before.reference:
+        cut = list(layout.cuts())[index]
+        reference = codec.decode(codec.encode(Flat(before.reference)[cut]), size)
+    order = rules.drawn_order(before.digest, [claim.peer for claim in claims])
+    weights = rules.weights(claims, manifest, before.credit)
+    return codec.encode(rules.aggregate(decoded, weights, manifest.averaging.rule, rules.Center(reference, order)))
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentProof:
+    """A segment whose claimed end is not where training leads.
+
+    Attributes:
+        segment: which.
+        before: the state of the claim's round, packed.
+        start: the checkpoint that the segment starts from; None for the first.
+        end: the one that the claim says it ends with.
+    """
+
+    kind: ClassVar[str] = "segment"
+    claim: Signed[Claim]
+    segment: int
+    before: bytes
+    start: Opening | None
+    end: Opening
+
+    @property
+    def accused(self) -> str:
+        """See :class:`Proof`."""
+        return self.claim.message.peer
+
+    def body(self) -> dict[str, Any]:
+        """See :class:`Proof`."""
+        return {
+            "claim": self.claim.pack(),
+            "segment": self.segment,
+            "before": self.before,
+            "start": None if self.start is None else self.start.body(),
+            "end": self.end.body(),
+        }
+
+    def check(self, judge: Judge) -> str:
+        """See :class:`Proof`."""
+        claim = self.claim.message
+        if not 0 <= self.segment < claim.segments or (self.start is None) != (self.segment == 0):
+            raise Reject("a proof is about a segment that there is not")
+        before = _state(self.before, claim, judge)
+        self.end.check(claim, self.segment)
+        if self.start is not None:
+            self.start.check(claim, self.segment - 1)
+        if judge.rerun is None:
+            raise LocalError("this proof is checked by training the segment again; name the shards with --shards")
+        rerun = judge.rerun(claim, self.segment, None if self.start is None else self.start.data)
+        found = compare_ends(before, None if self.start is None else self.start.data, self.end.data, rerun, judge)
+        if found.finding != "different":
+            raise Reject(f"the segment, trained again, is {found.finding} (relative error {found.error:.2e})")
+        return (
+            f"segment {self.segment + 1} of {short(claim.peer)} in round {claim.round}, trained again, "
+            f"ends elsewhere (relative error {found.error:.2e})"
+        )
+
+
+def compare_ends(before: State, start: bytes | None, claimed: bytes, rerun: bytes, judge: Judge) -> Any:
+    """Compare two packed checkpoints that are said to be the end of one segment."""
+    begin = {f"param/{name}": array for name, array in before.params.items()} if start is None else _grouped(start)
+    try:
+        stated = _grouped(claimed)
+    except Reject:
+        stated = {}
+    return compare(begin, stated, _grouped(rerun), judge.manifest.verify)
+
+
+def checkpoint_params(data: bytes) -> Tensors:
+    """The parameters in a packed checkpoint.
+
+    Raises:
+        Reject: it is none.
+    """
+    tensors, _ = unpack_tensors(data)
+    return {name.removeprefix("param/"): array for name, array in tensors.items() if name.startswith("param/")}
+
+
+def _grouped(data: bytes) -> Tensors:
+    """A packed checkpoint's arrays by group: parameters, and the moments of each kind."""
+    tensors, _ = unpack_tensors(data)
+    grouped: Tensors = {}
+    for name, array in tensors.items():
+        if name.startswith("param/"):
+            grouped[name] = array
+        else:
+            owner, _, moment = name.removeprefix("moment/").rpartition("/")
+            grouped[f"{moment}/{owner}"] = np.asarray(array)
+    return grouped
+
+
+def pack_proof(proof: Proof) -> bytes:
+    """The bytes that convince a stranger."""
+    return pack({"kind": proof.kind, "body": proof.body()})
+
+
+def unpack_proof(data: bytes) -> Proof:
+    """Read a proof; signatures are checked, what it proves is not.
+
+    Raises:
+        Reject: it is malformed, or a signature does not verify.
+    """
+    content = unpack(data, MAX_PROOF_BYTES)
+    if not isinstance(content, dict) or content.keys() != {"kind", "body"} or not isinstance(content["body"], dict):
+        raise Reject("a proof is not {kind, body}")
+    read = _READERS.get(content["kind"]) if isinstance(content["kind"], str) else None
+    if read is None:
+        raise Reject(f"there is no proof of the kind {content['kind']!r:.40}")
+    try:
+        return read(content["body"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise Reject(f"a proof is malformed ({type(error).__name__}: {error})") from None
+
+
+def _read_link(body: dict[str, Any]) -> LinkProof:
+    return LinkProof(unseal(_bytes(body["claim"]), Claim), _bytes(body["before"]), _opening(body["last"]))
+
+
+def _read_reduction(body: dict[str, Any]) -> ReductionProof:
+    parts = {int(position): (_bytes(data), _way(way)) for position, data, way in body["parts"]}
+    if not parts:
+        raise Reject("a proof names no parts")
+    return ReductionProof(
+        unseal(_bytes(body["receipt"]), Receipt, MAX_RECEIPT_BYTES),
+        tuple(unseal(_bytes(claim), Claim) for claim in body["members"]),
+        _bytes(body["before"]),
+        int(body["index"]),
+        parts,
+    )
+
+
+def _read_segment(body: dict[str, Any]) -> SegmentProof:
+    start = body["start"]
+    return SegmentProof(
+        unseal(_bytes(body["claim"]), Claim),
+        int(body["segment"]),
+        _bytes(body["before"]),
+        None if start is None else _opening(start),
+        _opening(body["end"]),
+    )
+
+
+_READERS: Final[dict[str, Callable[[dict[str, Any]], Proof]]] = {
+    "conflict": lambda body: ConflictProof(Conflict.unpack(_bytes(body["conflict"]))),
+    "link": _read_link,
+    "reduction": _read_reduction,
+    "segment": _read_segment,
+}
+
+
+def _state(blob: bytes, claim: Claim, judge: Judge) -> State:
+    """The state that a claim starts from.
+
+    Raises:
+        Reject: these are not its bytes, or the claim is of another run.
+    """
+    if blob_digest(blob) != claim.state or claim.run != judge.manifest.run_id:
+        raise Reject("a proof holds another state than the claim starts from")
+    return parse_state(blob, judge.manifest, judge.like)
+
+
+def _bytes(value: Any) -> bytes:
+    if not isinstance(value, bytes):
+        raise TypeError("bytes belong here")
+    return value
+
+
+def _way(value: Any) -> tuple[bytes, ...]:
+    way = tuple(_bytes(item) for item in value)
+    if any(len(item) != DIGEST_BYTES for item in way):
+        raise ValueError("a digest has 32 bytes")
+    return way
+
+
+def _opening(value: Any) -> Opening:
+    return Opening(_bytes(value["data"]), _way(value["proof"]))

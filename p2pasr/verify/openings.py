@@ -1,0 +1,194 @@
+"""Opening what a claim committed to, to those who were drawn to check it, and in an order that forbids copying.
+
+A claim holds roots only. Its author keeps the digests beneath them and opens them over a stream:
+
+* the checkpoint before a drawn segment, to its auditor;
+* the checkpoint after it, and the last one, against the auditor's signed commitment to its own
+  result, so that nobody can hand in the claimed result as a re-run;
+* parts of the delta with their way to the root, to any member, for those were sent to reducers anyway;
+* everything, to anybody, from the next round on, when the drawn auditors have committed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from p2pasr.averaging.codec import Layout
+from p2pasr.averaging.merkle import Tree
+from p2pasr.averaging.partfile import PartFile
+from p2pasr.errors import LocalError, Reject, TransportError
+from p2pasr.peers import streams
+from p2pasr.peers.host import Host
+from p2pasr.peers.streams import Stream
+from p2pasr.protocol.encoding import blob_digest
+from p2pasr.protocol.manifest import RunManifest, parse_manifest
+from p2pasr.protocol.messages import Claim, Commitment, Signed, unseal
+from p2pasr.protocol.signing import short
+
+MAX_WAY: Final = 64
+"""Siblings on the way to a root."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What one claim of ours committed to.
+
+    Attributes:
+        checkpoints: digests of its trace.
+        delta: digest of the encoded delta.
+        drawn: auditor → the segments drawn for it; None when everything is open to everybody.
+    """
+
+    claim: Signed[Claim]
+    checkpoints: tuple[bytes, ...]
+    delta: bytes
+    drawn: dict[str, tuple[int, ...]] | None
+
+
+class Openings:
+    """The service. Calls: `offer`, `open`, `part`; see the methods."""
+
+    def __init__(self) -> None:
+        self._host: Host
+        self._manifest: RunManifest | None = None
+        self._offers: dict[bytes, Offer] = {}
+
+    async def start(self, host: Host) -> None:
+        """Register on a host."""
+        self._host = host
+        await host.serve("open", self._serve)
+        host.calls["offer"] = self._call_offer
+        host.calls["open"] = self._call_open
+        host.calls["part"] = self._call_part
+
+    async def _call_offer(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Open these claims of this peer from now on, and no others.
+
+        Args:
+            args: offers, of each: claim (packed), checkpoints, delta (digests), drawn (auditor → segments, or None).
+        """
+        self._offers = {}
+        for each in args["offers"]:
+            claim, drawn = unseal(each["claim"], Claim), each["drawn"]
+            self._offers[claim.digest] = Offer(claim, tuple(each["checkpoints"]), each["delta"], drawn)
+        return {}
+
+    async def _call_open(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Have a checkpoint of another peer's trace opened.
+
+        Args:
+            args: claim (packed), checkpoint (its index), commitment (packed; None for a segment's start).
+
+        Returns:
+            digest, proof.
+
+        Raises:
+            TransportError: it is not opened.
+            Reject: what is opened does not lie under the claim's root.
+        """
+        claim = unseal(args["claim"], Claim)
+        async with self._host.open(claim.message.peer, "open") as stream:
+            await stream.send(
+                {"claim": claim.digest, "checkpoint": args["checkpoint"], "commitment": args["commitment"]}
+            )
+            answer = await stream.receive()
+        digest, proof = streams.field(answer, "digest", bytes), _way(answer)
+        tree = Tree("trace", claim.message.run, claim.message.round, claim.message.peer)
+        tree.check(claim.message.trace_root, args["checkpoint"], claim.message.segments, digest, proof)
+        return {"digest": digest, "proof": proof}
+
+    async def _call_part(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Get one part of another peer's delta.
+
+        Args:
+            args: claim (packed), index.
+
+        Returns:
+            data (the encoded part), proof.
+
+        Raises:
+            TransportError: it is not given.
+            Reject: it does not lie under the claim's root.
+        """
+        claim, layout = unseal(args["claim"], Claim), self._layout()
+        async with self._host.open(claim.message.peer, "open") as stream:
+            await stream.send({"claim": claim.digest, "part": args["index"]})
+            proof = _way(await stream.receive())
+            data = await stream.receive_data(layout.part_bytes(args["index"]))
+        tree = Tree("delta", claim.message.run, claim.message.round, claim.message.peer)
+        tree.check(claim.message.delta_root, args["index"], layout.parts, blob_digest(data), proof)
+        return {"data": data, "proof": proof}
+
+    async def _serve(self, stream: Stream) -> None:
+        request = await stream.receive()
+        offer = self._offers.get(streams.field(request, "claim", bytes))
+        if offer is None:
+            raise TransportError("this claim is not open here")
+        if "part" in request:
+            await self._give_part(stream, offer, streams.field(request, "part", int))
+            return
+        index = streams.field(request, "checkpoint", int)
+        if not 0 <= index < len(offer.checkpoints):
+            raise Reject(f"{short(stream.peer)} asks for checkpoint {index} of {len(offer.checkpoints)}")
+        self._check_right(stream.peer, offer, index, request.get("commitment"))
+        message = offer.claim.message
+        tree = Tree("trace", message.run, message.round, message.peer)
+        await stream.send({"digest": offer.checkpoints[index], "proof": tree.prove(offer.checkpoints, index)})
+
+    def _check_right(self, peer: str, offer: Offer, index: int, commitment: Any) -> None:
+        """May this peer see this checkpoint now?
+
+        Raises:
+            TransportError: not yet.
+            Reject: never so.
+        """
+        if offer.drawn is None:
+            return
+        drawn = offer.drawn.get(peer, ())
+        if commitment is None and index + 1 in drawn and index not in drawn:  # where a drawn segment starts
+            return
+        last = len(offer.checkpoints) - 1
+        if not drawn or index not in (*drawn, last):
+            raise TransportError("it is opened when the next round is over")
+        if not isinstance(commitment, bytes):
+            raise Reject(f"{short(peer)} asks for a result before it commits to its own")
+        committed = unseal(commitment, Commitment).message
+        if committed.peer != peer or committed.claim != offer.claim.digest or committed.segment not in drawn:
+            raise Reject(f"{short(peer)} commits to something else than it was drawn for")
+        if index in drawn and committed.segment != index:
+            raise Reject(f"{short(peer)} asks for the result of another segment than it commits to")
+
+    async def _give_part(self, stream: Stream, offer: Offer, index: int) -> None:
+        layout = self._layout()
+        if not 0 <= index < layout.parts:
+            raise Reject(f"{short(stream.peer)} asks for part {index} of {layout.parts}")
+        path = self._host.store.find(offer.delta)
+        if path is None:
+            raise TransportError("this delta is kept no longer")
+        data, proof = prove_part(path, layout, offer.claim.message, index)
+        await stream.send({"proof": proof})
+        await stream.send_frame(data)
+
+    def _layout(self) -> Layout:
+        if self._manifest is None:
+            self._manifest = parse_manifest(self._host.store.get(self._host.run))
+        return Layout.of(self._manifest.parameters, self._manifest.averaging)
+
+
+def prove_part(path: Path, layout: Layout, claim: Claim, index: int) -> tuple[bytes, tuple[bytes, ...]]:
+    """One part of a stored delta, and its way to the claim's root."""
+    try:
+        with PartFile(path, layout) as delta:
+            digests = [blob_digest(delta.read(at)) for at in range(layout.parts)]
+            return delta.read(index), Tree("delta", claim.run, claim.round, claim.peer).prove(digests, index)
+    except LocalError as error:
+        raise TransportError("this delta is kept no longer") from error
+
+
+def _way(answer: dict[str, Any]) -> tuple[bytes, ...]:
+    way: tuple[Any, ...] = streams.field(answer, "proof", tuple)
+    if len(way) > MAX_WAY or not all(isinstance(item, bytes) and len(item) == 32 for item in way):
+        raise Reject("an opening's way to the root is malformed")
+    return way

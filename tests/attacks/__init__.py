@@ -1,0 +1,1 @@
+"""Peers that cheat, and what becomes of them."""
