@@ -30,7 +30,7 @@ from p2pasr.peers.journal import Journal, Pending
 from p2pasr.peers.link import Link
 from p2pasr.peers.records import Records
 from p2pasr.peers.streams import patience
-from p2pasr.protocol.agreement import Agreement, quorum
+from p2pasr.protocol.agreement import Agreement, quorum, result_of
 from p2pasr.protocol.assignment import assign
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RunManifest
@@ -743,8 +743,8 @@ def attest(member: Member, result: Result) -> tuple[Signed[Attestation], ...]:
         The attestations that make the quorum.
 
     Raises:
-        TransportError: no quorum in time. Our attestation stands, and should the quorum come later, the
-            result counts then: to take a vote back could split those who have counted it already.
+        TransportError: no quorum in time, or one for another result. Our attestation stands, and should the quorum
+            come later, the result counts then: to take a vote back could split those who have counted it already.
     """
     after = result.after
     member.step("attest", f"round {member.state.round}: attesting state {after.digest.hex()[:8]}")
@@ -762,6 +762,10 @@ def attest(member: Member, result: Result) -> tuple[Signed[Attestation], ...]:
         if not compared and differ(result, seen):
             compared = True
             compare_receipts(member, result)
+        votes = [signed.message for signed in seen.values()]
+        other = result_of(member.state.round, member.state.digest, votes, result.electorate)
+        if other is not None:
+            raise TransportError(f"the round ended otherwise: {other.reason}")
         if time.monotonic() > deadline:
             raise TransportError(f"no quorum within {QUORUM_SECONDS:.0f} s: {reason}")
         member.report.wait(f"round {member.state.round}: {reason}; waiting for more")

@@ -11,12 +11,13 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from p2pasr.errors import TransportError
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.peers.journal import Journal
 from p2pasr.protocol.messages import Attestation, Claim, Roster, Signed, seal
 from p2pasr.protocol.state import State, advance
 from p2pasr.report import Report
-from p2pasr.round import POLL_SECONDS, Member, between_looks, ready_to_train, wait_for_claims
+from p2pasr.round import POLL_SECONDS, Member, Result, attest, between_looks, ready_to_train, wait_for_claims
 
 from .builders import (
     initial_params,
@@ -31,13 +32,15 @@ from .builders import (
 MANIFEST = make_manifest(rounds={"rounds": 10, "min_peers": 2})
 S0 = make_state(MANIFEST)
 ME, ANNE, BEN, EVE = map(make_identity, (1, 2, 3, 4))
-S1 = advance(
-    S0,
-    MANIFEST,
-    [make_claim(ANNE, MANIFEST, S0)],
-    {name: value + np.float32(0.5) for name, value in S0.params.items()},
-    {},
-)
+
+
+def after_first(by: float) -> State:
+    """A result of the first round."""
+    params = {name: value + np.float32(by) for name, value in S0.params.items()}
+    return advance(S0, MANIFEST, [make_claim(ANNE, MANIFEST, S0)], params, {})
+
+
+S1 = after_first(0.5)
 
 
 class Directory:
@@ -61,6 +64,8 @@ class Directory:
         return self.attested
 
     def announce_roster(self, roster: Roster) -> None: ...
+
+    def announce_attestation(self, attestation: Signed[Attestation]) -> None: ...
 
     def wait(self, who: Any, state: State) -> None:
         """A peer that is here, attests a state and waits for its round."""
@@ -86,7 +91,7 @@ def member(directory: Directory, store: BlobStore, journal: Journal) -> Member:
         manifest=MANIFEST,
         identity=ME,
         task=cast("Any", SimpleNamespace(hardware_class="numpy")),
-        link=cast("Any", SimpleNamespace(maddrs=())),
+        link=cast("Any", SimpleNamespace(maddrs=(), call=lambda *_, **__: {"receipts": ()})),
         store=store,
         journal=journal,
         records=cast("Any", directory),
@@ -125,6 +130,42 @@ def test_a_peer_that_misses_everybody_in_one_look_does_not_average_alone(member:
     directory.here[ANNE.peer] = make_roster(ANNE, S0)
     directory.before_each_look = [lambda: None, directory.here.clear, claim]
     assert wait_for_claims(member) == {ME.peer, ANNE.peer}
+
+
+def result_of_the_first_round(after: State, *electorate: Any) -> Result:
+    """A result of which nobody has another receipt than this peer."""
+    merged = cast("Any", SimpleNamespace(group=b"", receipts=()))
+    return Result(after, cast("Any", None), merged, frozenset(who.peer for who in electorate))
+
+
+def test_a_peer_does_not_wait_for_votes_when_the_others_have_agreed_on_another_result(
+    member: Member, directory: Directory
+) -> None:
+    """A reducer that died half-way served this peer and none of the others, who averaged without it."""
+    for who in (ANNE, BEN, EVE):
+        directory.finish(who)
+    result = result_of_the_first_round(after_first(0.25), ME, ANNE, BEN, EVE)
+    with pytest.raises(TransportError, match=r"the round ended otherwise: 3 of 4 peers attest"):
+        attest(member, result)
+
+
+def test_half_of_a_rounds_peers_do_not_keep_a_peer_from_waiting_for_the_others(
+    member: Member, directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2pasr.round.QUORUM_SECONDS", 0.0)
+    for who in (ANNE, BEN):
+        directory.finish(who)
+    with pytest.raises(TransportError, match="no quorum within"):
+        attest(member, result_of_the_first_round(after_first(0.25), ME, ANNE, BEN, EVE))
+
+
+def test_a_result_that_more_than_half_of_a_rounds_peers_attest_is_committed(
+    member: Member, directory: Directory
+) -> None:
+    directory.finish(ANNE)
+    directory.wait(BEN, S0)
+    votes = attest(member, result_of_the_first_round(S1, ME, ANNE, BEN))
+    assert {vote.message.peer for vote in votes} == {ME.peer, ANNE.peer}
 
 
 def test_looks_at_the_directory_become_rarer_the_longer_a_peer_waits() -> None:
