@@ -12,22 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from p2pasr import peer, round
+from p2pasr import peer
+from p2pasr import round as story
 from p2pasr.tasks.base import Checkpoint
 from p2pasr.tasks.lora import LoraTask
 
 
 def sign_flip() -> None:
     """Claims the opposite of what it trained, ten times as long."""
-    honest = round.write_delta
+    honest = story.write_delta
 
     def write_delta(member: Any, end: Checkpoint) -> Any:
         before = member.state.params
         flipped = {name: before[name] - np.float32(10) * (end.params[name] - before[name]) for name in before}
         return honest(member, dataclasses.replace(end, params=flipped))
 
-    round.write_delta = write_delta
-    round.check_moves = lambda *_: None
+    story.write_delta = write_delta
+    story.check_moves = lambda *_: None
 
 
 def free_rider() -> None:
