@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Final
 
@@ -297,11 +297,27 @@ def sync(member: Member) -> bool:
     if agreement is not None:
         member.report.wait(f"{agreement.reason}; fetching it")
         votes = [signed.message for signed in seen.values()]
+        tell_what_is_left(member, agreement, votes)
         hold(member, syncing.adopt(member.link, member.store, member.manifest, member.like, agreement, votes))
         member.fresh = True
     if member.attested is None or member.attested.message.at(member.state.round) != member.state.digest:
         publish_attestation(member, member.state)
     return False
+
+
+def tell_what_is_left(member: Member, agreement: Agreement, votes: Sequence[Attestation]) -> None:
+    """Say which rounds of this peer are not in the state that it is about to hold."""
+    lines = [vote for vote in votes if vote.peer in agreement.supporters]
+    apart = [
+        number
+        for number, digest in member.journal.held().items()
+        if 0 < number <= member.state.round and {vote.at(number) for vote in lines} - {None, digest}
+    ]
+    if apart:
+        member.report.warn(
+            f"what this peer trained apart from the others since round {min(apart) - 1} is not in the state that holds; "
+            f"the shards of these rounds are still to cover there and will be trained again"
+        )
 
 
 def attestations(member: Member) -> dict[str, Signed[Attestation]]:
@@ -756,10 +772,13 @@ def attest(member: Member, result: Result) -> tuple[Signed[Attestation], ...]:
     pauses = between_looks()
     while True:
         seen = attestations(member)
+        others = rivals(member, result, seen)
+        if not others <= result.electorate:
+            result = member.unsettled = replace(result, electorate=result.electorate | others)
         enough, reason = agreeing(result, seen)
         if enough:
             return attesters(result, seen)
-        if not compared and differ(result, seen):
+        if others and not compared:
             compared = True
             compare_receipts(member, result)
         votes = [signed.message for signed in seen.values()]
@@ -778,11 +797,19 @@ def agreeing(result: Result, seen: dict[str, Signed[Attestation]]) -> tuple[bool
     return quorum(result.after.round, result.after.digest, votes, result.electorate)
 
 
-def differ(result: Result, seen: dict[str, Signed[Attestation]]) -> bool:
-    """Whether somebody made something else of the round."""
+def rivals(member: Member, result: Result, seen: dict[str, Signed[Attestation]]) -> set[str]:
+    """The peers of the round that made something else of it, also those that this one did not expect to average.
+
+    These have a say too: groups that know nothing of each other could else each reach a quorum of their own.
+    """
     before, after = result.after.parent, result.after
-    votes = [signed.message for peer, signed in seen.items() if peer in result.electorate]
-    return any(vote.at(after.round) not in (None, after.digest) for vote in votes if vote.at(after.round - 1) == before)
+    votes = [signed.message for signed in seen.values()]
+    others = {
+        v.peer for v in votes if v.at(after.round - 1) == before and v.at(after.round) not in (None, after.digest)
+    }
+    if others <= result.electorate:
+        return others
+    return others & (result.electorate | member.records.claims(member.view).keys())
 
 
 def compare_receipts(member: Member, result: Result) -> None:

@@ -14,10 +14,21 @@ import pytest
 from p2pasr.errors import TransportError
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.peers.journal import Journal
+from p2pasr.protocol.agreement import agree
 from p2pasr.protocol.messages import Attestation, Claim, Roster, Signed, seal
 from p2pasr.protocol.state import State, advance
 from p2pasr.report import Report
-from p2pasr.round import POLL_SECONDS, Member, Result, attest, between_looks, ready_to_train, wait_for_claims
+from p2pasr.round import (
+    POLL_SECONDS,
+    Member,
+    Result,
+    attest,
+    between_looks,
+    hold,
+    ready_to_train,
+    tell_what_is_left,
+    wait_for_claims,
+)
 
 from .builders import (
     initial_params,
@@ -166,6 +177,54 @@ def test_a_result_that_more_than_half_of_a_rounds_peers_attest_is_committed(
     directory.wait(BEN, S0)
     votes = attest(member, result_of_the_first_round(S1, ME, ANNE, BEN))
     assert {vote.message.peer for vote in votes} == {ME.peer, ANNE.peer}
+
+
+def test_two_groups_of_one_round_that_did_not_expect_each_other_do_not_both_commit(
+    member: Member, directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2pasr.round.QUORUM_SECONDS", 0.0)
+    ours = after_first(0.25)
+    directory.wait(EVE, ours)
+    for who in (ANNE, BEN):
+        directory.finish(who)
+    with pytest.raises(TransportError, match="no quorum within"):
+        attest(member, result_of_the_first_round(ours, ME, EVE))
+
+
+def test_a_peer_whose_rounds_are_not_in_the_state_that_holds_says_so(member: Member, directory: Directory) -> None:
+    ours = after_first(0.25)
+    for state in (S0, ours):
+        hold(member, state)
+    for who in (ANNE, BEN):
+        directory.finish(who)
+    votes = [signed.message for signed in directory.attested.values()]
+    tell_what_is_left(member, agree(votes), votes)
+    assert "apart from the others since round 0" in said(member)
+
+
+def test_a_peer_that_only_fell_behind_has_left_nothing(member: Member, directory: Directory) -> None:
+    hold(member, S0)
+    for who in (ANNE, BEN):
+        directory.finish(who)
+    votes = [signed.message for signed in directory.attested.values()]
+    tell_what_is_left(member, agree(votes), votes)
+    assert not said(member)
+
+
+def said(member: Member) -> str:
+    """What a member has reported."""
+    return cast("io.StringIO", member.report._out).getvalue()
+
+
+def test_strangers_that_attest_something_else_without_a_claim_do_not_stop_a_round(
+    member: Member, directory: Directory
+) -> None:
+    ours = after_first(0.25)
+    directory.wait(EVE, ours)
+    for who in (ANNE, BEN):
+        directory.finish(who)
+    directory.claimed.clear()
+    assert len(attest(member, result_of_the_first_round(ours, ME, EVE))) == 2
 
 
 def test_looks_at_the_directory_become_rarer_the_longer_a_peer_waits() -> None:
