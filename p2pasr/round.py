@@ -315,8 +315,8 @@ def tell_what_is_left(member: Member, agreement: Agreement, votes: Sequence[Atte
     ]
     if apart:
         member.report.warn(
-            f"what this peer trained apart from the others since round {min(apart) - 1} is not in the state that holds; "
-            f"the shards of these rounds are still to cover there and will be trained again"
+            f"what this peer trained apart from the others since round {min(apart) - 1} is not in the state that "
+            f"holds; the shards of these rounds are still to cover there and will be trained again"
         )
 
 
