@@ -22,7 +22,7 @@ from statistics import mean
 from typing import Final
 
 from benchmarks.idle import COMMAND, new_idle_run
-from benchmarks.swarm import bytes_sent, later_seconds, training_seconds
+from benchmarks.swarm import auditing_seconds, bytes_sent, later_seconds, training_seconds
 from p2pasr.demo.fleet import NODE, Event, Fleet, Process
 from p2pasr.errors import LocalError, TransportError
 from p2pasr.peer import interrupt_on_terminate
@@ -46,6 +46,7 @@ class Row:
     mbit: float
     seconds_a_round: float
     training_percent: float
+    auditing_percent: float
     megabytes_sent_a_round: float
 
 
@@ -76,6 +77,7 @@ def measure(peers: int, mbit: float, seconds: float, rounds: int) -> tuple[Row, 
         mbit=mbit,
         seconds_a_round=mean(later_seconds(p) / rounds for p in processes),
         training_percent=100 * mean(training_seconds(p) / later_seconds(p) for p in processes),
+        auditing_percent=100 * mean(auditing_seconds(p) / later_seconds(p) for p in processes),
         megabytes_sent_a_round=mean(bytes_sent(p) / rounds for p in processes) / 1e6,
     )
     lengths = [lengths_of_steps(p.events) for p in processes]

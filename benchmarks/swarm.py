@@ -28,6 +28,7 @@ class Row:
     seconds_to_first_step: float
     seconds_a_round: float
     training_percent: float
+    auditing_percent: float
     megabytes_sent_a_round: float
     adapter_megabytes: float
 
@@ -56,6 +57,7 @@ def _measure(folder: Path, peers: int, rounds: int) -> Row:
         seconds_to_first_step=mean(p.wait_for("step", step="train")["time"] - p.started for p in processes),
         seconds_a_round=mean(later_seconds(p) / (rounds - 1) for p in processes),
         training_percent=100 * mean(training_seconds(p) / later_seconds(p) for p in processes),
+        auditing_percent=100 * mean(auditing_seconds(p) / later_seconds(p) for p in processes),
         megabytes_sent_a_round=mean(bytes_sent(p) / (rounds - 1) for p in processes) / 1e6,
         adapter_megabytes=2 * manifest.parameters / 1e6,
     )
@@ -70,6 +72,11 @@ def later_seconds(process: Process) -> float:
 def training_seconds(process: Process) -> float:
     """Seconds of these that it trained."""
     return float(sum(event["seconds"] for event in process.seen("segment") if event["round"] > 0))
+
+
+def auditing_seconds(process: Process) -> float:
+    """Seconds of these that it trained segments of others again."""
+    return float(sum(event["seconds"] for event in process.seen("audit", what="segment")))
 
 
 def bytes_sent(process: Process) -> float:

@@ -7,6 +7,7 @@ trains again it trains one less of its own, and so nobody waits for an auditor.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -112,11 +113,13 @@ def check_last_round(member: Member) -> int:
         if _is_settled(member, duty.peer):
             continue
         claim = next(each for each in record.members if each.digest == duty.statement)
-        findings.append(_tell(member, check_segment(member, claim, duty), "segment"))
+        began = time.monotonic()
+        findings.append(_tell(member, check_segment(member, claim, duty), "segment", began))
         done += 1
     for duty in parts_to_reduce(section, record.after, record.receipts, member.peer):
         if not _is_settled(member, duty.peer):
-            findings.append(_tell(member, check_part_of(member, record, duty), "part"))
+            began = time.monotonic()
+            findings.append(_tell(member, check_part_of(member, record, duty), "part", began))
     if findings:
         audit = Audit(member.state.run, member.peer, record.round, record.after, tuple(findings[:MAX_FINDINGS]))
         member.records.announce_audit(seal(member.identity, audit))
@@ -132,8 +135,8 @@ def _record(member: Member, number: int) -> RoundRecord | None:
     return None if packed is None else RoundRecord.unpack(packed)
 
 
-def _tell(member: Member, finding: Finding, what: str) -> Finding:
-    """Report a finding as an event."""
+def _tell(member: Member, finding: Finding, what: str, began: float) -> Finding:
+    """Report a finding as an event, with the seconds since it was begun."""
     member.report.emit(
         "audit",
         f"{what} {finding.item + 1} of {short(finding.peer)}, done again: {finding.finding}",
@@ -142,6 +145,7 @@ def _tell(member: Member, finding: Finding, what: str) -> Finding:
         item=finding.item,
         finding=finding.finding,
         error=finding.error,
+        seconds=round(time.monotonic() - began, 2),
     )
     return finding
 

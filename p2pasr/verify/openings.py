@@ -11,6 +11,7 @@ A claim holds roots only. Its author keeps the digests beneath them and opens th
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -167,7 +168,7 @@ class Openings:
         path = self._host.store.find(offer.delta)
         if path is None:
             raise TransportError("this delta is kept no longer")
-        data, proof = prove_part(path, layout, offer.claim.message, index)
+        data, proof = await asyncio.to_thread(prove_part, path, layout, offer.claim.message, index)
         await stream.send({"proof": proof})
         await stream.send_frame(data)
 
