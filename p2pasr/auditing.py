@@ -33,7 +33,7 @@ from p2pasr.protocol.messages import (
     unseal,
 )
 from p2pasr.protocol.signing import short
-from p2pasr.protocol.state import State, parse_state
+from p2pasr.protocol.state import State, max_state_bytes, parse_state
 from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, Task
 from p2pasr.verify.evidence import (
     MAX_PROOF_BYTES,
@@ -293,7 +293,10 @@ def convict(member: Member, proof: Proof, sentence: str) -> None:
 
 
 def hear(member: Member) -> None:
-    """Read the proofs that others say they have, and check them before anything follows from one."""
+    """Read the proofs that others say they have, and check them before anything follows from one.
+
+    Whoever accused somebody without proof is not heard again.
+    """
     try:
         accusations = member.records.accusations()
     except TransportError as error:  # what was trained meanwhile is not lost for it
@@ -301,19 +304,22 @@ def hear(member: Member) -> None:
         return
     for accuser, accusation in accusations.items():
         for charge in accusation.message.charges:
-            if _is_settled(member, charge.accused) or charge.proof in member.heard or accuser in member.state.bans:
+            if _is_settled(member, charge.accused) or charge.proof in member.heard or accuser in member.distrusted:
                 continue
             member.heard.add(charge.proof)
             try:
-                proof = unpack_proof(fetch(member, "proof", charge.proof, min(charge.size, MAX_PROOF_BYTES), accuser))
+                proof = unpack_proof(fetch(member, "proof", charge.proof, max_proof_bytes(member.manifest), accuser))
                 if proof.accused != charge.accused:
                     raise Reject("it is about another peer")
                 sentence = proof.check(judge_of(member))
             except TransportError as error:
                 member.heard.discard(charge.proof)
                 member.report.warn(f"a proof against {short(charge.accused)} cannot be had yet: {error}")
-            except P2pasrError as error:
-                member.report.warn(f"{short(accuser)} accuses {short(charge.accused)} without proof: {error}")
+            except P2pasrError as error:  # so that nobody costs us more than one check in vain
+                member.distrusted.add(accuser)
+                member.report.warn(
+                    f"{short(accuser)} accuses {short(charge.accused)} without proof and is not heard again: {error}"
+                )
             else:
                 convict(member, proof, sentence)
 
@@ -336,3 +342,11 @@ def fetch(member: Member, kind: Kind, digest: bytes, most: int, peer: str) -> by
 def max_checkpoint_bytes(manifest: RunManifest) -> int:
     """The longest blob that can be a checkpoint: parameters, at most three moments of four bytes, and a header."""
     return 4 * 4 * manifest.parameters + 16 * MEBIBYTE
+
+
+def max_proof_bytes(manifest: RunManifest) -> int:
+    """The longest blob that can be a proof: a state, two checkpoints or a part of each member, and statements."""
+    layout = Layout.of(manifest.parameters, manifest.averaging)
+    parts = manifest.averaging.max_group * layout.part_bytes(0)
+    rest = max(2 * max_checkpoint_bytes(manifest), parts) + 4 * MEBIBYTE
+    return min(MAX_PROOF_BYTES, max_state_bytes(manifest) + rest)
