@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from p2pasr.averaging.codec import Layout
-from p2pasr.errors import NonFiniteStep, P2pasrError, Reject, RemoteError, TransportError
+from p2pasr.errors import LocalError, NonFiniteStep, P2pasrError, Reject, RemoteError, TransportError
 from p2pasr.having import fetch_shards, shard_path
 from p2pasr.peers.blobs import Kind
 from p2pasr.protocol.audits import Duty, parts_to_reduce, segments_to_rerun
@@ -312,9 +312,9 @@ def hear(member: Member) -> None:
                 if proof.accused != charge.accused:
                     raise Reject("it is about another peer")
                 sentence = proof.check(judge_of(member))
-            except TransportError as error:
+            except (TransportError, LocalError) as error:
                 member.heard.discard(charge.proof)
-                member.report.warn(f"a proof against {short(charge.accused)} cannot be had yet: {error}")
+                member.report.warn(f"a proof against {short(charge.accused)} cannot be checked yet: {error}")
             except P2pasrError as error:  # so that nobody costs us more than one check in vain
                 member.distrusted.add(accuser)
                 member.report.warn(
