@@ -166,7 +166,7 @@ class Member:
     def in_our_round(self, roster: Mapping[str, Roster]) -> dict[str, Roster]:
         """Those of a roster who work on the same round from the same state."""
         ours = (self.state.round, self.state.digest)
-        present = {peer: entry for peer, entry in roster.items() if peer not in self.state.bans}
+        present = {p: entry for p, entry in roster.items() if p not in self.state.bans and self.manifest.admits(p)}
         return {peer: entry for peer, entry in present.items() if (entry.round, entry.state) == ours}
 
     def say(self, stage: Stage, segments: int = 0) -> None:
@@ -383,8 +383,13 @@ def ready_to_train(member: Member) -> bool:
     """Whether there are peers enough and the round is still at its beginning; waits a while for both.
 
     Raises:
-        LocalError: this peer was banned.
+        LocalError: this peer was banned, or is not admitted.
     """
+    if not member.manifest.admits(member.peer):
+        raise LocalError(
+            f"this run admits listed peers only, and {member.peer} is not among them; ask whoever made the run to "
+            f"make one that lists it"
+        )
     if member.peer in member.state.bans:
         raise LocalError(
             f"this peer was banned from the run in round {member.state.bans[member.peer]}: more than half of the "

@@ -27,6 +27,7 @@ from pydantic import (
 
 from p2pasr.errors import LocalError, P2pasrError, Reject
 from p2pasr.protocol.encoding import MAX_DEPTH, MEBIBYTE, blob_digest, pack, unpack
+from p2pasr.protocol.messages import PeerId
 
 FORMAT: Final = "p2pasr-run/1"
 """What a manifest says that it is."""
@@ -173,6 +174,21 @@ class VerifySection(_Section):
         return self
 
 
+class AdmissionSection(_Section):
+    """Who may take part."""
+
+    kind: Literal["open", "allowlist"] = "open"
+    """`open`: whoever comes. `allowlist`: the peers listed here, and nobody else's claims and votes count."""
+    peers: Annotated[tuple[PeerId, ...], Field(max_length=4096, strict=False)] = ()
+    """Peer IDs, as `p2pasr id` prints them."""
+
+    @model_validator(mode="after")
+    def _the_list_is_used(self) -> AdmissionSection:
+        if (self.kind == "allowlist") != bool(self.peers):
+            raise ValueError("peers are listed with kind: allowlist, and only with it")
+        return self
+
+
 class RetentionSection(_Section):
     """How long a peer keeps what it could be asked for."""
 
@@ -191,6 +207,7 @@ class RunConfig(_Section):
     averaging: AveragingSection = AveragingSection()
     retention: RetentionSection = RetentionSection()
     verify: VerifySection = VerifySection()
+    admission: AdmissionSection = AdmissionSection()
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
 
     @field_validator("name")
@@ -255,6 +272,10 @@ class RunManifest(RunConfig):
     def run_id(self) -> bytes:
         """BLAKE3 of the canonical bytes, 32 bytes: the name of the run."""
         return blob_digest(self.canonical())
+
+    def admits(self, peer: str) -> bool:
+        """Whether a peer may take part."""
+        return self.admission.kind == "open" or peer in self.admission.peers
 
     @cached_property
     def most_seconds_per_round(self) -> float:

@@ -73,6 +73,9 @@ def check_claim(claim: Claim, view: RoundView) -> None:
     # C7 It speaks against others, each once, in order, and not against those who are out already.
     if list(claim.against) != sorted(set(claim.against) - {claim.peer} - view.bans.keys()):
         raise Reject(f"{who} speaks against peers out of order, twice, or in vain")
+    # C8 The run may admit listed peers only.
+    if not view.manifest.admits(claim.peer):
+        raise Ignore(f"{short(claim.peer)} is not among the peers that this run admits")
 
 
 def check_part(index: int, largest: float, claim: Claim, limits: Sequence[float] | None) -> None:
@@ -109,7 +112,8 @@ def check_attestation(attestation: Attestation, manifest: RunManifest, run: byte
     """May this attestation be counted?
 
     Raises:
-        Reject: no.
+        Ignore: its author takes no part in this run.
+        Reject: it breaks a rule that its author could check.
     """
     who = f"the attestation of {short(attestation.peer)}"
     # A1 An attestation is for one run.
@@ -125,6 +129,9 @@ def check_attestation(attestation: Attestation, manifest: RunManifest, run: byte
     # A4 No state holds more work than its rounds can have merged; the sum is made in another order, hence the margin.
     if attestation.work > 1.001 * attestation.round * manifest.most_seconds_per_round:
         raise Reject(f"{who} states {attestation.work:.0f} s of audio, which {attestation.round} rounds cannot hold")
+    # A5 Only those who may take part have a say.
+    if not manifest.admits(attestation.peer):
+        raise Ignore(f"{short(attestation.peer)} is not among the peers that this run admits")
 
 
 def check_receipts(

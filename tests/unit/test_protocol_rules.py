@@ -64,6 +64,41 @@ def test_a_claim_that_breaks_a_rule_is_refused(
         check_claim(make_claim(WHO, MANIFEST, STATE, **changes), VIEW)
 
 
+EVE, ANNE = make_identity(2).peer, make_identity(3).peer
+AGAINST = tuple(sorted((EVE, ANNE)))
+
+
+@pytest.mark.parametrize("against", [(), (EVE,), AGAINST])
+def test_c7_a_claim_may_speak_against_others(against: tuple[str, ...]) -> None:
+    check_claim(dataclasses.replace(CLAIM, against=against), VIEW)
+
+
+@pytest.mark.parametrize("against", [AGAINST[::-1], (EVE, EVE), (WHO.peer,)])
+def test_c7_it_speaks_in_order_once_and_not_against_itself(against: tuple[str, ...]) -> None:
+    with pytest.raises(Reject, match="out of order, twice, or in vain"):
+        check_claim(dataclasses.replace(CLAIM, against=against), VIEW)
+
+
+def test_c6_and_c7_who_was_banned_claims_nothing_and_is_not_spoken_against_again() -> None:
+    view = dataclasses.replace(VIEW, bans={EVE: 3})
+    with pytest.raises(Ignore, match="was banned in round 3"):
+        check_claim(make_claim(make_identity(2), MANIFEST, STATE), view)
+    with pytest.raises(Reject, match="in vain"):
+        check_claim(dataclasses.replace(CLAIM, against=(EVE,)), view)
+
+
+def test_c8_and_a5_a_run_may_admit_listed_peers_only() -> None:
+    listed = make_manifest(admission={"kind": "allowlist", "peers": (WHO.peer,)})
+    state = make_state(listed)
+    stranger = make_identity(2)
+    check_claim(make_claim(WHO, listed, state), view_of(listed, state))
+    check_attestation(make_attestation(WHO, state), listed, listed.run_id)
+    with pytest.raises(Ignore, match="is not among the peers"):
+        check_claim(make_claim(stranger, listed, state), view_of(listed, state))
+    with pytest.raises(Ignore, match="is not among the peers"):
+        check_attestation(make_attestation(stranger, state), listed, listed.run_id)
+
+
 def test_a_claim_with_the_shards_of_somebody_else_is_refused() -> None:
     others = make_claim(make_identity(2), MANIFEST, STATE).shards
     assert others != CLAIM.shards

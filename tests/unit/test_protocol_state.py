@@ -19,6 +19,7 @@ from p2pasr.protocol.state import (
     NO_PARENT,
     State,
     advance,
+    condemn,
     describe,
     genesis,
     max_state_bytes,
@@ -388,3 +389,30 @@ def test_a_description_for_people_has_the_ledger_in_it() -> None:
         "peers_credited": 2,
         "peers_banned": 0,
     }
+
+
+def accusing(number: int, *accused: int) -> Claim:
+    against = tuple(sorted(make_identity(each).peer for each in accused))
+    return make_claim(make_identity(number), MANIFEST, GENESIS, against=against)
+
+
+@pytest.mark.parametrize(("claims", "votes", "banned"), [(1, 1, True), (2, 1, False), (3, 2, True), (4, 2, False)])
+def test_more_than_half_of_a_rounds_claims_ban(claims: int, votes: int, banned: bool) -> None:
+    merged = [accusing(number, *((99,) if number <= votes else ())) for number in range(1, claims + 1)]
+    after = advance(GENESIS, MANIFEST, merged, GENESIS.params, {})
+    assert after.bans == ({make_identity(99).peer: GENESIS.round} if banned else {})
+    assert parse_state(after.blob, MANIFEST, LIKE).bans == after.bans
+
+
+def test_a_ban_stays_with_the_round_in_which_it_was_decided() -> None:
+    eve, anne = make_identity(99).peer, make_identity(98).peer
+    bans = condemn({eve: 2}, [accusing(1, 98)], 7)
+    assert bans == {eve: 2, anne: 7}
+    assert list(bans) == sorted(bans)
+
+
+@pytest.mark.parametrize("bans", [None, [], {"x": -1}, {"x": True}, {"x": 1.0}])
+def test_a_state_with_malformed_bans_is_refused(bans: Any) -> None:
+    tensors, meta = unpack_tensors(LATER.blob)
+    with pytest.raises(Reject):
+        parse_state(pack_tensors(tensors, {**meta, "bans": bans}), MANIFEST, LIKE)
