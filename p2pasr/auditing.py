@@ -100,12 +100,13 @@ def _drawn(member: Member, number: int, claim: bytes) -> dict[str, list[int]]:
 
 
 def check_last_round(member: Member) -> int:
-    """Do what was drawn for this peer of the round before; returns how many segments were trained again."""
+    """Do what was drawn for this peer of the round before, once; returns how many segments were trained again."""
     offer(member)
     hear(member)
     record = _record(member, member.state.round - 1)
-    if record is None or record.after != member.state.digest:
+    if record is None or record.after != member.state.digest or member.checked == record.after:
         return 0
+    member.checked = record.after
     section = member.manifest.verify
     findings: list[Finding] = []
     done = 0

@@ -107,6 +107,7 @@ class Member:
         proved: peers that this one has seen proved to cheat.
         shunned: those that gave members of this round different results; it is averaged without them.
         charges: where the proofs that this peer holds can be had, by the accused.
+        checked: digest of the state whose round it has checked last.
         heard: digests of the proofs that it has looked at.
         distrusted: peers that accused somebody without proof.
         whole: shards whose bytes this process has compared with their digests.
@@ -132,6 +133,7 @@ class Member:
     proved: set[str] = field(default_factory=set)
     shunned: set[str] = field(default_factory=set)
     charges: dict[str, Charge] = field(default_factory=dict)
+    checked: bytes = b""
     heard: set[bytes] = field(default_factory=set)
     distrusted: set[str] = field(default_factory=set)
     whole: set[bytes] = field(default_factory=set)

@@ -28,6 +28,9 @@ from p2pasr.protocol.manifest import RunManifest, parse_manifest
 from p2pasr.protocol.messages import Claim, Commitment, Signed, unseal
 from p2pasr.protocol.signing import short
 
+OFFER_SECONDS: Final = 10.0
+"""How long a claim that is not open yet is waited for."""
+
 MAX_WAY: Final = 64
 """Siblings on the way to a root."""
 
@@ -55,6 +58,7 @@ class Openings:
         self._host: Host
         self._manifest: RunManifest | None = None
         self._offers: dict[bytes, Offer] = {}
+        self._offered = asyncio.Condition()
 
     async def start(self, host: Host) -> None:
         """Register on a host."""
@@ -70,10 +74,13 @@ class Openings:
         Args:
             args: offers, of each: claim (packed), checkpoints, delta (digests), drawn (auditor → segments, or None).
         """
-        self._offers = {}
+        offers = {}
         for each in args["offers"]:
             claim, drawn = unseal(each["claim"], Claim), each["drawn"]
-            self._offers[claim.digest] = Offer(claim, tuple(each["checkpoints"]), each["delta"], drawn)
+            offers[claim.digest] = Offer(claim, tuple(each["checkpoints"]), each["delta"], drawn)
+        async with self._offered:
+            self._offers = offers
+            self._offered.notify_all()
         return {}
 
     async def _call_open(self, args: dict[str, Any]) -> dict[str, Any]:
@@ -124,9 +131,7 @@ class Openings:
 
     async def _serve(self, stream: Stream) -> None:
         request = await stream.receive()
-        offer = self._offers.get(streams.field(request, "claim", bytes))
-        if offer is None:
-            raise TransportError("this claim is not open here")
+        offer = await self._find(streams.field(request, "claim", bytes))
         if "part" in request:
             await self._give_part(stream, offer, streams.field(request, "part", int))
             return
@@ -137,6 +142,15 @@ class Openings:
         message = offer.claim.message
         tree = Tree("trace", message.run, message.round, message.peer)
         await stream.send({"digest": offer.checkpoints[index], "proof": tree.prove(offer.checkpoints, index)})
+
+    async def _find(self, claim: bytes) -> Offer:
+        """The offer for a claim; an auditor may have finished the round a moment before its author."""
+        try:
+            async with asyncio.timeout(OFFER_SECONDS), self._offered:
+                await self._offered.wait_for(lambda: claim in self._offers)
+                return self._offers[claim]
+        except TimeoutError:
+            raise TransportError("this claim is not open here") from None
 
     def _check_right(self, peer: str, offer: Offer, index: int, commitment: Any) -> None:
         """May this peer see this checkpoint now?
