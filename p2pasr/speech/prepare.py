@@ -25,6 +25,9 @@ from p2pasr.speech.shards import Clip, Features, pack_shard, speaker_hash
 from p2pasr.speech.text import label_ids
 
 INDEX = "index.json"
+MAX_DIALECT: Final = 64
+"""Letters of a dialect's code; manifests take no more."""
+
 INDEX_FORMAT = "p2pasr-shards/1"
 SALT = "speaker-salt"
 SALT_BYTES = 32
@@ -167,6 +170,10 @@ def prepare(
     Raises:
         LocalError: nothing to read, nothing usable, or with `strict` the first refused clip.
     """
+    if not 0 < len(settings.dialect) <= MAX_DIALECT:
+        raise LocalError(
+            f"--dialect is {settings.dialect!r:.70}: use a code of up to {MAX_DIALECT} letters, such as yue"
+        )
     rows = read_rows(source, settings.dialect)
     out.mkdir(parents=True, exist_ok=True)
     part = frontend(settings.model, settings.revision, settings.window_seconds)

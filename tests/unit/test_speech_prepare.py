@@ -593,3 +593,10 @@ def test_an_index_that_names_a_shard_it_does_not_list_is_refused(source: Path, t
 
     with pytest.raises(LocalError, match="is damaged"):
         prepare(source, tmp_path / "out", SETTINGS)
+
+
+@pytest.mark.parametrize("dialect", ["", "x" * 65])
+def test_a_dialect_that_no_manifest_takes_is_refused_before_anything_is_made(tmp_path: Path, dialect: str) -> None:
+    with pytest.raises(LocalError, match="use a code of up to 64 letters"):
+        prepare(tmp_path / "recordings", tmp_path / "shards", Settings("p2pasr/demo-base", dialect=dialect))
+    assert not (tmp_path / "shards").exists()
