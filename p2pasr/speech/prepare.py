@@ -25,7 +25,7 @@ from p2pasr.speech.shards import Clip, Features, pack_shard, speaker_hash
 from p2pasr.speech.text import label_ids
 
 INDEX = "index.json"
-MAX_DIALECT: Final = 64
+MAX_DIALECT = 64
 """Letters of a dialect's code; manifests take no more."""
 
 INDEX_FORMAT = "p2pasr-shards/1"
