@@ -34,6 +34,7 @@ from p2pasr.protocol.messages import (
 )
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, max_state_bytes, parse_state
+from p2pasr.protocol.tensors import Tensors
 from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, Task
 from p2pasr.verify.evidence import (
     MAX_PROOF_BYTES,
@@ -161,10 +162,11 @@ def check_segment(member: Member, claim: Signed[Claim], duty: Duty) -> Finding:
     """
     member.step("audit", f"round {claim.message.round}: training segment {duty.item + 1} of {short(duty.peer)} again")
     before = member.store.get(claim.message.state)
+    state = parse_state(before, member.manifest, member.like)
     salt, result = os.urandom(32), NOTHING
     try:
         start = open_checkpoint(member, claim, duty.item - 1, None) if duty.item > 0 else None
-        rerun = train_again(member, claim.message, duty.item, None if start is None else start.data)
+        rerun = train_again(member, claim.message, duty.item, state, None if start is None else start.data)
         result = blob_digest(rerun)
         commitment = Commitment(member.state.run, member.peer, claim.digest, duty.item, commit_to(result, salt))
         sealed = seal(member.identity, commitment).pack()
@@ -175,8 +177,7 @@ def check_segment(member: Member, claim: Signed[Claim], duty: Duty) -> Finding:
         member.report.warn(f"segment {duty.item + 1} of {short(duty.peer)} could not be checked: {error}")
         return Finding(duty.peer, duty.statement, duty.item, "unavailable", 0.0, result, salt)
     judge = judge_of(member)
-    state = parse_state(before, member.manifest, member.like)
-    found = compare_ends(state, None if start is None else start.data, end.data, rerun, judge)
+    found = compare_ends(state, None if start is None else start.data, end.data, rerun, member.manifest)
     kind = found.finding
     if kind == "different":
         ends = f"ends elsewhere (relative error {found.error:.2e})"
@@ -201,16 +202,16 @@ def open_checkpoint(member: Member, claim: Signed[Claim], index: int, commitment
     return Opening(data, tuple(answer["proof"]))
 
 
-def train_again(member: Member, claim: Claim, segment: int, start: bytes | None) -> bytes:
+def train_again(member: Member, claim: Claim, segment: int, before: State, start: bytes | None) -> bytes:
     """One segment of a claim, trained here.
 
     Args:
+        before: the state that the claim starts from.
         start: the packed checkpoint before it; None for the first.
 
     Returns:
         The packed checkpoint at its end.
     """
-    before = parse_state(member.store.get(claim.state), member.manifest, member.like)
     fetch_shards(member, claim.shards)
     paths = [shard_path(member, shard) for shard in claim.shards]
     return train_segment(member.task, member.manifest, claim, segment, before, start, paths, None)
@@ -230,11 +231,25 @@ def train_segment(
 
     Raises:
         NonFiniteStep: a step was not finite.
+        Reject: the checkpoint that the claim's author committed to is none that the task can go on from.
     """
     begin = Checkpoint(before.params) if start is None else Checkpoint.unpack(start)
+    if _forms(begin.params) != _forms(before.params):
+        raise Reject(f"the checkpoint before segment {segment + 1} holds other parameters than this run trains")
     plan = SegmentPlan.of(manifest.rounds, claim.round, claim.state, claim.peer, segment)
-    end, _ = task.segment(begin, shards, plan, on_step)
+    try:
+        end, _ = task.segment(begin, shards, plan, on_step)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if start is None:
+            raise
+        raise Reject(
+            f"segment {segment + 1} cannot be trained from the checkpoint before it ({type(error).__name__})"
+        ) from error  # its moments are a stranger's
     return end.pack()
+
+
+def _forms(params: Tensors) -> dict[str, tuple[Any, ...]]:
+    return {name: (array.shape, array.dtype) for name, array in params.items()}
 
 
 def check_part_of(member: Member, record: RoundRecord, duty: Duty) -> Finding:
@@ -328,8 +343,8 @@ def hear(member: Member) -> None:
 def judge_of(member: Member) -> Judge:
     """What this peer checks proofs with."""
 
-    def rerun(claim: Claim, segment: int, start: bytes | None) -> bytes:
-        return train_again(member, claim, segment, start)
+    def rerun(claim: Claim, segment: int, before: State, start: bytes | None) -> bytes:
+        return train_again(member, claim, segment, before, start)
 
     return Judge(member.manifest, member.like, rerun)
 

@@ -110,11 +110,12 @@ def max_state_bytes(manifest: RunManifest) -> int:
     return copies * 4 * manifest.parameters + (1 << 20) + 128 * len(manifest.shards)
 
 
-def parse_state(blob: bytes, manifest: RunManifest, like: Tensors) -> State:
+def parse_state(blob: bytes, manifest: RunManifest, like: Tensors | None) -> State:
     """Read a state that came from a peer.
 
     Args:
-        like: the initial parameters, whose names, shapes and dtypes the state's must match.
+        like: the initial parameters, whose names, shapes and dtypes the state's must match; None where the digest is
+            trusted for these, so that only the number and the type of its values are compared with the manifest.
 
     Raises:
         Reject: it is no state of this run.
@@ -122,9 +123,13 @@ def parse_state(blob: bytes, manifest: RunManifest, like: Tensors) -> State:
     tensors, meta = unpack_tensors(blob)
     params = {name.removeprefix(_PARAM): value for name, value in tensors.items() if name.startswith(_PARAM)}
     moments = {name.removeprefix(_MOMENT): value for name, value in tensors.items() if name.startswith(_MOMENT)}
-    if {name: (a.shape, a.dtype) for name, a in params.items()} != {
-        name: (a.shape, a.dtype) for name, a in like.items()
-    }:
+    forms = {name: (array.shape, array.dtype) for name, array in params.items()}
+    if like is None:
+        fits = all(dtype == np.float32 for _, dtype in forms.values())
+        fits = fits and sum(array.size for array in params.values()) == manifest.parameters
+    else:
+        fits = forms == {name: (array.shape, array.dtype) for name, array in like.items()}
+    if not fits:
         raise Reject("a state holds other parameters than this run trains")
     if not all(np.isfinite(value).all() for value in tensors.values()):
         raise Reject("a state holds values that are not finite")

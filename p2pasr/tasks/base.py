@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from p2pasr.errors import Reject
 from p2pasr.protocol.assignment import segment_seed
 from p2pasr.protocol.manifest import RoundSection
 from p2pasr.protocol.tensors import Tensors, tensor_pieces, unpack_tensors
@@ -49,13 +50,18 @@ class Checkpoint:
         """Read what :meth:`pack` wrote.
 
         Raises:
-            Reject: the bytes are no canonical tensor file.
+            Reject: the bytes are no canonical checkpoint.
         """
         tensors, meta = unpack_tensors(data)
+        step = meta.get("step")
+        if meta != {"format": CHECKPOINT_FORMAT, "step": step} or type(step) is not int or step < 0:
+            raise Reject("a checkpoint's description is malformed")
+        if not all(name.startswith(("param/", "moment/")) for name in tensors):
+            raise Reject("a checkpoint holds arrays that are neither parameters nor moments")
         return cls(
             params={k.removeprefix("param/"): v for k, v in tensors.items() if k.startswith("param/")},
             moments={k.removeprefix("moment/"): v for k, v in tensors.items() if k.startswith("moment/")},
-            step=int(meta["step"]),
+            step=step,
         )
 
 

@@ -18,9 +18,9 @@ that an accuser says enters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isclose, sqrt
+from math import inf, isclose, sqrt
 from typing import Any, ClassVar, Final, Protocol
 
 import numpy as np
@@ -32,17 +32,18 @@ from p2pasr.errors import LocalError, Reject
 from p2pasr.protocol.encoding import DIGEST_BYTES, MEBIBYTE, blob_digest, pack, unpack
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Claim, Receipt, Signed, unseal
+from p2pasr.protocol.rules import RoundView, check_claim
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, parse_state
 from p2pasr.protocol.tensors import Tensors, unpack_tensors
-from p2pasr.verify.compare import compare
+from p2pasr.verify.compare import Comparison, compare
 from p2pasr.verify.conflict import Conflict
 
 MAX_PROOF_BYTES: Final = 1024 * MEBIBYTE
 
-Rerun = Callable[[Claim, int, bytes | None], bytes]
+Rerun = Callable[[Claim, int, State, bytes | None], bytes]
 """Trains one segment of a claim again, from a packed checkpoint or, for the first, from the state of its round;
-returns the packed checkpoint at its end."""
+returns the packed checkpoint at its end. Raises Reject where nothing can be trained from that checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +51,13 @@ class Judge:
     """What a proof is checked with.
 
     Attributes:
-        like: the run's initial parameters, for names and shapes.
+        like: the run's initial parameters, for names and shapes. Arithmetic holds without them, for a proof's state is
+            the one that its accused signed; training does not.
         rerun: None where nothing can be trained again, so that only arithmetic is checked.
     """
 
     manifest: RunManifest
-    like: Tensors
+    like: Tensors | None = None
     rerun: Rerun | None = None
 
 
@@ -75,7 +77,7 @@ class Proof(Protocol):
         """See that it proves what it says; returns that as one sentence.
 
         Raises:
-            Reject: it proves nothing.
+            RemoteError: it proves nothing.
             LocalError: it cannot be checked here.
         """
 
@@ -155,7 +157,7 @@ class LinkProof:
     def check(self, judge: Judge) -> str:
         """See :class:`Proof`."""
         claim = self.claim.message
-        before = _state(self.before, claim, judge)
+        before = _state_of_round(self.before, [claim], judge)
         self.last.check(claim, claim.segments - 1)
         if delta_of(claim, before, self.last.data, judge.manifest) == (claim.delta_root, True):
             raise Reject("the claim's delta is the one that its last checkpoint gives")
@@ -228,7 +230,7 @@ class ReductionProof:
         claims = [member.message for member in self.members]
         if tuple(member.digest for member in self.members) != receipt.members:
             raise Reject("a receipt is about other claims")
-        before = _state(self.before, claims[0], judge)
+        before = _state_of_round(self.before, claims, judge)
         stated = next((part for part in receipt.parts if part.index == self.index), None)
         if stated is None or set(stated.senders) != self.parts.keys() or receipt.state != before.digest:
             raise Reject("a receipt does not state a part with these senders")
@@ -307,14 +309,15 @@ class SegmentProof:
         claim = self.claim.message
         if not 0 <= self.segment < claim.segments or (self.start is None) != (self.segment == 0):
             raise Reject("a proof is about a segment that there is not")
-        before = _state(self.before, claim, judge)
+        before = _state_of_round(self.before, [claim], judge)
         self.end.check(claim, self.segment)
         if self.start is not None:
             self.start.check(claim, self.segment - 1)
         if judge.rerun is None:
             raise LocalError("this proof is checked by training the segment again; name the shards with --shards")
-        rerun = judge.rerun(claim, self.segment, None if self.start is None else self.start.data)
-        found = compare_ends(before, None if self.start is None else self.start.data, self.end.data, rerun, judge)
+        start = None if self.start is None else self.start.data
+        rerun = judge.rerun(claim, self.segment, before, start)
+        found = compare_ends(before, start, self.end.data, rerun, judge.manifest)
         if found.finding != "different":
             raise Reject(f"the segment, trained again, is {found.finding} (relative error {found.error:.2e})")
         return (
@@ -323,14 +326,24 @@ class SegmentProof:
         )
 
 
-def compare_ends(before: State, start: bytes | None, claimed: bytes, rerun: bytes, judge: Judge) -> Any:
-    """Compare two packed checkpoints that are said to be the end of one segment."""
-    begin = {f"param/{name}": array for name, array in before.params.items()} if start is None else _grouped(start)
+def compare_ends(before: State, start: bytes | None, claimed: bytes, rerun: bytes, manifest: RunManifest) -> Comparison:
+    """Compare two packed checkpoints that are said to be the end of one segment.
+
+    Args:
+        start: the packed checkpoint that the segment starts from; None for the first, which starts from the state.
+
+    Raises:
+        Reject: the start is no checkpoint.
+    """
+    begin = {f"param/{name}": array for name, array in before.params.items()} if start is None else _grouped(start)[0]
+    ours, our_description = _grouped(rerun)
     try:
-        stated = _grouped(claimed)
+        theirs, their_description = _grouped(claimed)
     except Reject:
-        stated = {}
-    return compare(begin, stated, _grouped(rerun), judge.manifest.verify)
+        return Comparison("different", inf)
+    if their_description != our_description:  # the step in it says how the next segment goes on
+        return Comparison("different", inf)
+    return compare(begin, theirs, ours, manifest.verify)
 
 
 def checkpoint_params(data: bytes) -> Tensors:
@@ -343,17 +356,24 @@ def checkpoint_params(data: bytes) -> Tensors:
     return {name.removeprefix("param/"): array for name, array in tensors.items() if name.startswith("param/")}
 
 
-def _grouped(data: bytes) -> Tensors:
-    """A packed checkpoint's arrays by group: parameters, and the moments of each kind."""
-    tensors, _ = unpack_tensors(data)
+def _grouped(data: bytes) -> tuple[Tensors, dict[str, Any]]:
+    """A packed checkpoint's arrays by group – parameters, and the moments of each kind – and its description.
+
+    Raises:
+        Reject: it is none, or it holds arrays that belong to no group and that a comparison would pass over.
+    """
+    tensors, description = unpack_tensors(data)
     grouped: Tensors = {}
     for name, array in tensors.items():
-        if name.startswith("param/"):
+        kind, _, rest = name.partition("/")
+        owner, _, moment = rest.rpartition("/")
+        if kind == "param":
             grouped[name] = array
+        elif kind == "moment":
+            grouped[f"moment {moment}/{owner}"] = array
         else:
-            owner, _, moment = name.removeprefix("moment/").rpartition("/")
-            grouped[f"{moment}/{owner}"] = np.asarray(array)
-    return grouped
+            raise Reject(f"a checkpoint holds {name!r:.60}, which is neither a parameter nor a moment")
+    return grouped, description
 
 
 def pack_proof(proof: Proof) -> bytes:
@@ -365,7 +385,7 @@ def unpack_proof(data: bytes) -> Proof:
     """Read a proof; signatures are checked, what it proves is not.
 
     Raises:
-        Reject: it is malformed, or a signature does not verify.
+        Reject: it is malformed or not in the one form that it is packed in, or a signature does not verify.
     """
     content = unpack(data, MAX_PROOF_BYTES)
     if not isinstance(content, dict) or content.keys() != {"kind", "body"} or not isinstance(content["body"], dict):
@@ -374,9 +394,12 @@ def unpack_proof(data: bytes) -> Proof:
     if read is None:
         raise Reject(f"there is no proof of the kind {content['kind']!r:.40}")
     try:
-        return read(content["body"])
+        proof = read(content["body"])
     except (KeyError, TypeError, ValueError) as error:
         raise Reject(f"a proof is malformed ({type(error).__name__}: {error})") from None
+    if pack_proof(proof) != data:
+        raise Reject("a proof is not in canonical form")
+    return proof
 
 
 def _read_link(body: dict[str, Any]) -> LinkProof:
@@ -415,15 +438,20 @@ _READERS: Final[dict[str, Callable[[dict[str, Any]], Proof]]] = {
 }
 
 
-def _state(blob: bytes, claim: Claim, judge: Judge) -> State:
-    """The state that a claim starts from.
+def _state_of_round(blob: bytes, claims: Sequence[Claim], judge: Judge) -> State:
+    """The state that claims of one round start from.
 
     Raises:
-        Reject: these are not its bytes, or the claim is of another run.
+        RemoteError: these are not its bytes, or a claim is none that a peer of that round would take.
     """
+    claim = claims[0]
     if blob_digest(blob) != claim.state or claim.run != judge.manifest.run_id:
         raise Reject("a proof holds another state than the claim starts from")
-    return parse_state(blob, judge.manifest, judge.like)
+    state = parse_state(blob, judge.manifest, judge.like)
+    view = RoundView(judge.manifest, state.run, state.round, state.digest, state.covered, state.credit, state.bans)
+    for each in claims:
+        check_claim(each, view)
+    return state
 
 
 def _bytes(value: Any) -> bytes:

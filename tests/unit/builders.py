@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,19 +15,20 @@ from hivemind.p2p import P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
 from p2pasr.averaging import rules
-from p2pasr.averaging.codec import Layout, Vector
+from p2pasr.averaging.codec import Flat, Layout, Vector
 from p2pasr.averaging.merkle import Tree, part_digests
 from p2pasr.peers.config import LinkConfig, NodeConfig
 from p2pasr.peers.host import Host
 from p2pasr.peers.identity import Identity
 from p2pasr.peers.streams import Pacer, Stream
-from p2pasr.protocol.assignment import assign
+from p2pasr.protocol.assignment import assign, segment_seed
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import Attestation, Claim, PartReceipt, Receipt, Roster, Signed, seal
 from p2pasr.protocol.rules import RoundView
 from p2pasr.protocol.state import State, genesis, params_digest
 from p2pasr.protocol.tensors import Tensors
+from p2pasr.tasks.base import Checkpoint
 from p2pasr.verify.record import RoundRecord
 
 GROUP: Final = b"group of the tests"
@@ -245,6 +246,64 @@ def finish_round(manifest: RunManifest, before: State, after: bytes | None = Non
         attestations=attestations,
     )
     return FinishedRound(manifest, before, view_of(manifest, before), identities, record, average)
+
+
+def train_toy(manifest: RunManifest, claim: Claim, segment: int, before: State, start: bytes | None) -> bytes:
+    """One segment of a task that draws its steps: the packed checkpoint at its end."""
+    begin = Checkpoint(before.params) if start is None else Checkpoint.unpack(start)
+    seed = segment_seed(claim.state, claim.peer, segment)
+    draw = np.random.default_rng(int.from_bytes(seed[:8], "big"))
+    steps = {name: draw.normal(size=value.shape).astype(np.float32) for name, value in sorted(begin.params.items())}
+    params = {name: value + np.float32(0.01) * steps[name] for name, value in begin.params.items()}
+    moments = {f"{name}/exp_avg": step for name, step in steps.items()}
+    return Checkpoint(params, moments, begin.step + manifest.rounds.steps_per_segment).pack()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A claim of a toy task with everything that it commits to: packed checkpoints and the encoded delta."""
+
+    claim: Signed[Claim]
+    checkpoints: tuple[bytes, ...]
+    delta: bytes
+
+    def way(self, index: int) -> tuple[bytes, ...]:
+        """From a checkpoint to the trace's root."""
+        message = self.claim.message
+        tree = Tree("trace", message.run, message.round, message.peer)
+        return tree.prove(part_digests(self.checkpoints), index)
+
+
+def train_claim(
+    who: Identity,
+    manifest: RunManifest,
+    before: State,
+    segments: int = 3,
+    *,
+    spoil: Callable[[int, bytes], bytes] = lambda _index, checkpoint: checkpoint,
+    lie: float = 0.0,
+    **changes: Any,
+) -> Trained:
+    """The claim of a peer that trained.
+
+    Args:
+        spoil: what it makes of the checkpoint at the end of a segment.
+        lie: what it adds to every value of its delta.
+    """
+    claim = make_claim(who, manifest, before, segments=segments, **changes)
+    checkpoints: list[bytes] = []
+    for index in range(segments):
+        start = checkpoints[-1] if checkpoints else None
+        checkpoints.append(spoil(index, train_toy(manifest, claim, index, before, start)))
+    after = Checkpoint.unpack(checkpoints[-1]).params
+    delta = Flat(after)[slice(0, manifest.parameters)] - Flat(before.params)[slice(0, manifest.parameters)]
+    parts = Layout.of(manifest.parameters, manifest.averaging).encode(delta + np.float32(lie))
+    roots = {
+        kind: Tree(kind, before.run, before.round, who.peer).root(part_digests(items))
+        for kind, items in (("trace", checkpoints), ("delta", parts))
+    }
+    claim = replace(claim, trace_root=roots["trace"], delta_root=roots["delta"], delta_norm=rules.norm(delta))
+    return Trained(seal(who, claim), tuple(checkpoints), b"".join(parts))
 
 
 class LocalNetwork:
