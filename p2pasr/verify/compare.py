@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf, isfinite, sqrt
+from math import inf, sqrt
 from typing import Any, Literal
 
 import numpy as np
@@ -45,15 +45,24 @@ def compare(start: Tensors, claimed: Tensors, rerun: Tensors, section: VerifySec
         return Comparison("different", inf)
     if all(np.array_equal(claimed[name], rerun[name]) for name in rerun):
         return Comparison("same", 0.0)
-    errors: list[float] = []
+    error = max(relative_errors(start, claimed, rerun).values())
+    finding: Finding = "close" if error <= section.close else "unclear" if error < section.far else "different"
+    return Comparison(finding, error)
+
+
+def relative_errors(start: Tensors, claimed: Tensors, rerun: Tensors) -> dict[str, float]:
+    """Group → relative error, of arrays with equal names and shapes.
+
+    Args:
+        start, claimed, rerun: as for :func:`compare`.
+    """
+    errors: dict[str, float] = {}
     for group in sorted({name.split("/")[0] for name in rerun}):
         names = [name for name in rerun if name.split("/")[0] == group]
         off = sqrt(sum(_square(rerun[name], claimed[name]) for name in names))
         moved = sqrt(sum(_square(claimed[name], start.get(name)) for name in names))
-        errors.append(off / moved if moved > 0 else (inf if off > 0 else 0.0))
-    error = max(errors)
-    finding: Finding = "close" if error <= section.close else "unclear" if error < section.far else "different"
-    return Comparison(finding, error if isfinite(error) else inf)
+        errors[group] = off / moved if moved > 0 else (inf if off > 0 else 0.0)
+    return errors
 
 
 def _forms(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, tuple[Any, ...]]:

@@ -1,0 +1,168 @@
+"""Who checks what: nobody knows before the round is over, everybody computes the same afterwards."""
+
+from __future__ import annotations
+
+from functools import cache
+from math import sqrt
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2pasr.protocol.audits import Duty, detection_probability, parts_to_reduce, segments_to_rerun
+from p2pasr.protocol.manifest import VerifySection
+from p2pasr.protocol.messages import Claim, Signed, seal
+
+from .builders import digest_of, make_claim, make_identity, make_manifest, make_receipt, make_state
+
+MANIFEST = make_manifest()
+STATE = make_state(MANIFEST)
+PEERS = tuple(map(make_identity, range(1, 6)))
+CLAIMS = tuple(seal(who, make_claim(who, MANIFEST, STATE, segments=number % 4 + 1)) for number, who in enumerate(PEERS))
+RECEIPTS = tuple(
+    seal(who, make_receipt(who, STATE, CLAIMS, {3 * number + i: b"result" for i in range(3)}))
+    for number, who in enumerate(PEERS[:3])
+)
+
+AFTERS = st.binary(min_size=32, max_size=32)
+SECTIONS = st.builds(
+    VerifySection, rate=st.floats(0, 1), auditors=st.integers(1, 16), parts=st.integers(0, 5)
+)  # fmt: skip
+AUDITORS = st.sampled_from([who.peer for who in PEERS])
+
+
+@cache
+def after(number: int) -> bytes:
+    return digest_of(f"state after draw {number}")
+
+
+def duties(section: VerifySection, state: bytes, claims: tuple[Signed[Claim], ...] = CLAIMS) -> list[tuple[str, Duty]]:
+    """Every duty of every member, with the auditor that it falls to."""
+    return [(who.peer, duty) for who in PEERS for duty in segments_to_rerun(section, state, claims, who.peer)]
+
+
+@given(SECTIONS, AFTERS, st.permutations(CLAIMS), AUDITORS)
+def test_everybody_draws_the_same_from_the_same_round(
+    section: VerifySection, state: bytes, shuffled: list[Signed[Claim]], auditor: str
+) -> None:
+    drawn = segments_to_rerun(section, state, CLAIMS, auditor)
+    assert drawn == segments_to_rerun(section, state, CLAIMS, auditor)
+    assert set(drawn) == set(segments_to_rerun(section, state, shuffled, auditor))
+    parts = parts_to_reduce(section, state, RECEIPTS, auditor)
+    assert set(parts) == set(parts_to_reduce(section, state, RECEIPTS[::-1], auditor))
+
+
+@given(SECTIONS, AFTERS)
+def test_nobody_checks_itself_and_every_duty_is_about_something_that_was_stated(
+    section: VerifySection, state: bytes
+) -> None:
+    claims = {claim.digest: claim.message for claim in CLAIMS}
+    for auditor, duty in duties(section, state):
+        assert duty.peer != auditor
+        assert claims[duty.statement].peer == duty.peer
+        assert 0 <= duty.item < claims[duty.statement].segments
+    receipts = {receipt.digest: receipt.message for receipt in RECEIPTS}
+    for who in PEERS:
+        parts = parts_to_reduce(section, state, RECEIPTS, who.peer)
+        assert len(set(parts)) == len(parts)
+        for duty in parts:
+            assert duty.peer != who.peer
+            assert receipts[duty.statement].peer == duty.peer
+            assert duty.item in {part.index for part in receipts[duty.statement].parts}
+
+
+@given(AFTERS, st.integers(1, 16))
+def test_at_rate_1_every_claim_has_its_number_of_auditors_and_at_rate_0_none(state: bytes, auditors: int) -> None:
+    drawn = duties(VerifySection(rate=1.0, auditors=auditors), state)
+    for claim in CLAIMS:
+        assert sum(duty.statement == claim.digest for _, duty in drawn) == min(auditors, len(PEERS) - 1)
+    assert not duties(VerifySection(rate=0.0, auditors=auditors), state)
+
+
+@given(AFTERS, st.integers(0, 5), AUDITORS)
+def test_of_every_other_reducer_so_many_parts_are_checked(state: bytes, parts: int, auditor: str) -> None:
+    drawn = parts_to_reduce(VerifySection(parts=parts), state, RECEIPTS, auditor)
+    for receipt in RECEIPTS:
+        others = receipt.message.peer != auditor
+        assert sum(duty.statement == receipt.digest for duty in drawn) == others * min(parts, 3)
+
+
+def test_a_peer_alone_in_its_round_is_checked_by_nobody() -> None:
+    assert segments_to_rerun(VerifySection(rate=1.0), after(0), CLAIMS[:1], PEERS[0].peer) == ()
+    assert parts_to_reduce(VerifySection(parts=4), after(0), RECEIPTS[:1], PEERS[0].peer) == ()
+
+
+def within(count: int, draws: int, probability: float) -> bool:
+    """Whether a count lies within four standard deviations of a binomial's mean: 1 in 16,000 would not."""
+    spread = sqrt(draws * probability * (1 - probability))
+    return abs(count - draws * probability) <= 4 * spread
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.25, 0.7])
+@pytest.mark.parametrize("auditors", [1, 3])
+def test_over_many_rounds_claims_are_audited_at_the_rate_of_the_manifest(rate: float, auditors: int) -> None:
+    section = VerifySection(rate=rate, auditors=auditors)
+    rounds = 250
+    count = sum(len(duties(section, after(number))) for number in range(rounds))
+    assert within(count, rounds * len(CLAIMS) * auditors, rate)
+
+
+def test_over_many_rounds_every_segment_auditor_and_part_is_drawn_alike() -> None:
+    rounds = 600
+    claim = CLAIMS[3]  # of four segments
+    section = VerifySection(rate=1.0, parts=1)
+    drawn = [
+        next((a, d) for a, d in duties(section, after(n), CLAIMS) if d.statement == claim.digest) for n in range(rounds)
+    ]
+    for segment in range(4):
+        assert within(sum(duty.item == segment for _, duty in drawn), rounds, 1 / 4)
+    for who in PEERS:
+        if who.peer != claim.message.peer:
+            assert within(sum(auditor == who.peer for auditor, _ in drawn), rounds, 1 / 4)
+    parts = [parts_to_reduce(section, after(n), RECEIPTS[:1], PEERS[4].peer)[0].item for n in range(rounds)]
+    for index in range(3):
+        assert within(parts.count(index), rounds, 1 / 3)
+
+
+@pytest.mark.parametrize(("rate", "cheated", "auditors"), [(0.25, 1, 1), (0.25, 4, 1), (0.5, 2, 3), (1.0, 4, 1)])
+def test_cheats_are_caught_as_often_as_the_formula_says(rate: float, cheated: int, auditors: int) -> None:
+    section = VerifySection(rate=rate, auditors=auditors)
+    claim, rounds = CLAIMS[3], 400
+    caught = 0
+    for number in range(rounds):
+        found = {duty.item for _, duty in duties(section, after(number)) if duty.statement == claim.digest}
+        caught += bool(found & set(range(cheated)))
+    assert within(caught, rounds, detection_probability(rate, 4, cheated, auditors))
+
+
+def test_colluding_members_hide_their_share_of_it() -> None:
+    draw = np.random.default_rng(0)
+    rate, segments, cheated, auditors, colluding, trials = 0.4, 5, 2, 2, 0.3, 20_000
+    hit = draw.random((trials, auditors)) < rate
+    hit &= draw.integers(segments, size=(trials, auditors)) < cheated
+    hit &= draw.random((trials, auditors)) >= colluding
+    expected = detection_probability(rate, segments, cheated, auditors, colluding)
+    assert within(int(hit.any(axis=1).sum()), trials, expected)
+
+
+@given(
+    st.floats(0, 1), st.integers(1, 64), st.integers(0, 64), st.integers(1, 16), st.floats(0, 1)
+)  # fmt: skip
+def test_a_probability_is_one_and_grows_with_what_is_checked(
+    rate: float, segments: int, cheated: int, auditors: int, colluding: float
+) -> None:
+    cheated = min(cheated, segments)
+    found = detection_probability(rate, segments, cheated, auditors, colluding)
+    assert 0 <= found <= 1
+    assert found <= detection_probability(rate, segments, segments, auditors, colluding) + 1e-12
+    assert found <= detection_probability(rate, segments, cheated, auditors + 1, colluding) + 1e-12
+    assert detection_probability(rate, segments, cheated, auditors, 1.0) == 0
+
+
+def test_a_claims_author_cannot_know_its_auditors_before_the_round_is_over() -> None:
+    section = VerifySection(rate=1.0)
+    seen = {
+        next(a for a, d in duties(section, after(number)) if d.statement == CLAIMS[0].digest) for number in range(40)
+    }
+    assert seen == {who.peer for who in PEERS[1:]}
