@@ -70,17 +70,22 @@ NOTHING: Final = bytes(32)
 
 def offer(member: Member) -> None:
     """Open what this peer's claims of the last rounds committed to, to those who may see it."""
-    offers = []
+    offers, records = [], set()
     for number, trace in sorted(member.journal.traces().items()):
         packed = bytes.fromhex(trace["claim"])
+        record = member.journal.read_record(number)
+        if record is not None:
+            records.add(member.store.put("record", record, durable=False))
         offers.append(
             {
                 "claim": packed,
                 "checkpoints": [bytes.fromhex(digest) for digest in trace["checkpoints"]],
                 "delta": bytes.fromhex(trace["delta"]),
                 "drawn": _drawn(member, number, packed) if number == member.state.round - 1 else None,
+                "record": None if record is None else blob_digest(record),
             }
         )
+    member.store.retain("record", records)
     member.link.call("offer", OPEN_SECONDS, offers=offers)
     member.link.call("ban", OPEN_SECONDS, peers=sorted(member.state.bans))
 

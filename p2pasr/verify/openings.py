@@ -6,7 +6,8 @@ A claim holds roots only. Its author keeps the digests beneath them and opens th
 * the checkpoint after it, and the last one, against the auditor's signed commitment to its own
   result, so that nobody can hand in the claimed result as a re-run;
 * parts of the delta with their way to the root, to any member, for those were sent to reducers anyway;
-* everything, to anybody, from the next round on, when the drawn auditors have committed.
+* everything, to anybody, from the next round on, when the drawn auditors have committed;
+* the record of the claim's round, to anybody, so that strangers learn whose claims and receipts there are.
 """
 
 from __future__ import annotations
@@ -43,16 +44,18 @@ class Offer:
         checkpoints: digests of its trace.
         delta: digest of the encoded delta.
         drawn: auditor → the segments drawn for it; None when everything is open to everybody.
+        record: digest of the packed record of its round; None where this peer has none.
     """
 
     claim: Signed[Claim]
     checkpoints: tuple[bytes, ...]
     delta: bytes
     drawn: dict[str, tuple[int, ...]] | None
+    record: bytes | None
 
 
 class Openings:
-    """The service. Calls: `offer`, `open`, `part`; see the methods."""
+    """The service. Calls: `offer`, `open`, `part`, `record`; see the methods."""
 
     def __init__(self) -> None:
         self._host: Host
@@ -67,17 +70,20 @@ class Openings:
         host.calls["offer"] = self._call_offer
         host.calls["open"] = self._call_open
         host.calls["part"] = self._call_part
+        host.calls["record"] = self._call_record
 
     async def _call_offer(self, args: dict[str, Any]) -> dict[str, Any]:
         """Open these claims of this peer from now on, and no others.
 
         Args:
-            args: offers, of each: claim (packed), checkpoints, delta (digests), drawn (auditor → segments, or None).
+            args: offers, of each: claim (packed), checkpoints, delta (digests), drawn (auditor → segments, or None),
+                record (digest, or None).
         """
         offers = {}
         for each in args["offers"]:
             claim, drawn = unseal(each["claim"], Claim), each["drawn"]
-            offers[claim.digest] = Offer(claim, tuple(each["checkpoints"]), each["delta"], drawn)
+            offer = Offer(claim, tuple(each["checkpoints"]), each["delta"], drawn, each["record"])
+            offers[claim.digest] = offer
         async with self._offered:
             self._offers = offers
             self._offered.notify_all()
@@ -129,8 +135,27 @@ class Openings:
         tree.check(claim.message.delta_root, args["index"], layout.parts, blob_digest(data), proof)
         return {"data": data, "proof": proof}
 
+    async def _call_record(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Ask a peer what its record of a round is.
+
+        Args:
+            args: peer, round.
+
+        Returns:
+            digest: of the packed record, which can be fetched as a blob.
+
+        Raises:
+            TransportError: it does not say.
+        """
+        async with self._host.open(args["peer"], "open") as stream:
+            await stream.send({"record": args["round"]})
+            return {"digest": streams.field(await stream.receive(), "record", bytes)}
+
     async def _serve(self, stream: Stream) -> None:
         request = await stream.receive()
+        if "record" in request:
+            await self._name_record(stream, streams.field(request, "record", int))
+            return
         offer = await self._find(streams.field(request, "claim", bytes))
         if "part" in request:
             await self._give_part(stream, offer, streams.field(request, "part", int))
@@ -151,6 +176,12 @@ class Openings:
                 return self._offers[claim]
         except TimeoutError:
             raise TransportError("this claim is not open here") from None
+
+    async def _name_record(self, stream: Stream, number: int) -> None:
+        records = [offer.record for offer in self._offers.values() if offer.claim.message.round == number]
+        if not records or records[0] is None:
+            raise TransportError(f"no record of round {number} is open here")
+        await stream.send({"record": records[0]})
 
     def _check_right(self, peer: str, offer: Offer, index: int, commitment: Any) -> None:
         """May this peer see this checkpoint now?
