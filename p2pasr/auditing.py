@@ -129,7 +129,9 @@ def check_last_round(member: Member) -> int:
             findings.append(_tell(member, check_part_of(member, record, duty), "part", began))
     if findings:
         audit = Audit(member.state.run, member.peer, record.round, record.after, tuple(findings[:MAX_FINDINGS]))
-        member.records.announce_audit(seal(member.identity, audit))
+        signed = seal(member.identity, audit)
+        member.journal.note_audit(record.round, signed.pack())
+        member.records.announce_audit(signed)
     return done
 
 

@@ -92,8 +92,11 @@ class SavedRun:
     store: BlobStore
     held: dict[int, bytes]
 
-    def state(self, round_number: int | None, like: Tensors) -> State:
+    def state(self, round_number: int | None, like: Tensors | None) -> State:
         """A state by its round; the newest if None.
+
+        Args:
+            like: the initial parameters; None where nothing will be made of the state's own.
 
         Raises:
             LocalError: the folder does not have it.
@@ -230,3 +233,17 @@ def build_task(manifest: RunManifest, device: str = "cpu", model: str | None = N
 def shard_paths(folder: Path) -> Sequence[Path]:
     """The shard files of a prepared folder, in the order of its index."""
     return [folder / shard.file for shard in read_index(folder).shards]
+
+
+def find_shards(folder: Path, digests: Sequence[bytes]) -> Sequence[Path]:
+    """The files of certain shards in a prepared folder, each compared with its digest.
+
+    Raises:
+        LocalError: one is missing or corrupt.
+    """
+    files = {shard.digest: folder / shard.file for shard in read_index(folder).shards}
+    for digest in map(bytes.hex, digests):
+        if digest not in files:
+            raise LocalError(f"{folder} does not hold shard {digest[:12]}…; name a folder with all shards of the run")
+        check_digest(files[digest], digest)
+    return [files[digest.hex()] for digest in digests]

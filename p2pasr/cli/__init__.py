@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from p2pasr import __version__
-from p2pasr.cli import data, demo, identity, lineage, run, score
+from p2pasr.cli import data, demo, identity, lineage, run, score, verify
 from p2pasr.errors import P2pasrError
 from p2pasr.report import Report
 from p2pasr.speech.pretrained import quiet_libraries
@@ -39,6 +39,7 @@ def _options(
 app.add_typer(data.app, name="data")
 app.add_typer(run.app, name="run")
 app.add_typer(demo.app, name="demo")
+app.add_typer(verify.app, name="verify")
 app.command("eval")(score.evaluate)
 app.command("export")(score.export)
 app.command("id")(identity.identity)
@@ -47,9 +48,18 @@ app.command("lineage")(lineage.lineage)
 
 def main() -> None:
     """Run the command; an expected failure is one sentence and exit code 1."""
+    run_app(app)
+
+
+def run_app(commands: typer.Typer, name: str | None = None) -> None:
+    """Run a group of commands as a program.
+
+    Args:
+        name: how the program is called in its help; the file's name if None.
+    """
     try:
         quiet_libraries()
-        app()
+        commands(prog_name=name)
     except (P2pasrError, OSError) as error:
         Report().fail(error)
         sys.exit(1)

@@ -116,7 +116,12 @@ class Journal:
 
     def known_peers(self) -> tuple[str, ...]:
         """Multiaddrs of peers that were there last time."""
-        return _read(self.folder / "peers.json", _parse_peers) or ()
+        return self.read_known_peers(self.folder)
+
+    @staticmethod
+    def read_known_peers(folder: Path) -> tuple[str, ...]:
+        """The same, of a folder that a running peer may have locked."""
+        return _read(folder / "peers.json", _parse_peers) or ()
 
     def remember_peers(self, maddrs: tuple[str, ...]) -> None:
         """Write down entry points for the next start; what is no peer's address is left out."""
@@ -142,6 +147,22 @@ class Journal:
         path.parent.mkdir(exist_ok=True)
         self._replace(path, proof)
         return path
+
+    def note_audit(self, round_number: int, audit: bytes) -> None:
+        """Keep what this peer found when it checked a round."""
+        path = self.folder / "audits" / f"{round_number:08d}.msgpack"
+        path.parent.mkdir(exist_ok=True)
+        self._replace(path, audit)
+
+    @staticmethod
+    def read_audits(folder: Path) -> list[bytes]:
+        """The packed audits of a folder that a running peer may have locked, in the order of the rounds."""
+        return [path.read_bytes() for path in sorted((folder / "audits").glob("*.msgpack"))]
+
+    @staticmethod
+    def read_proofs(folder: Path) -> list[Path]:
+        """The files of :meth:`prove`, of a folder that a running peer may have locked."""
+        return sorted((folder / "evidence").glob("*.msgpack"))
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         self._replace(self.folder / name, json.dumps(content, indent=1).encode())

@@ -335,10 +335,14 @@ def compare_ends(before: State, start: bytes | None, claimed: bytes, rerun: byte
     Raises:
         Reject: the start is no checkpoint.
     """
-    begin = {f"param/{name}": array for name, array in before.params.items()} if start is None else _grouped(start)[0]
-    ours, our_description = _grouped(rerun)
+    begin = (
+        {f"param/{name}": array for name, array in before.params.items()}
+        if start is None
+        else checkpoint_groups(start)[0]
+    )
+    ours, our_description = checkpoint_groups(rerun)
     try:
-        theirs, their_description = _grouped(claimed)
+        theirs, their_description = checkpoint_groups(claimed)
     except Reject:
         return Comparison("different", inf)
     if their_description != our_description:  # the step in it says how the next segment goes on
@@ -356,7 +360,7 @@ def checkpoint_params(data: bytes) -> Tensors:
     return {name.removeprefix("param/"): array for name, array in tensors.items() if name.startswith("param/")}
 
 
-def _grouped(data: bytes) -> tuple[Tensors, dict[str, Any]]:
+def checkpoint_groups(data: bytes) -> tuple[Tensors, dict[str, Any]]:
     """A packed checkpoint's arrays by group – parameters, and the moments of each kind – and its description.
 
     Raises:

@@ -1,0 +1,122 @@
+"""`p2pasr verify calibrate`: measure how far honest re-runs of a run's segments lie apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from p2pasr.cli.score import ModelDir, StateDir
+from p2pasr.errors import LocalError
+
+if TYPE_CHECKING:
+    from p2pasr.calibration import Measured, Verdict
+    from p2pasr.protocol.manifest import RunManifest
+    from p2pasr.protocol.state import State
+
+
+def calibrate(
+    run: Annotated[str, typer.Option(metavar="RUN", help="a manifest file or a run id")],
+    shards: Annotated[Path, typer.Option(metavar="SHARDS", help="folder of prepared shards")],
+    segments: Annotated[int, typer.Option(min=1, help="segments to train in every class")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="how often to train each in this process's class")] = 2,
+    state_dir: StateDir = None,
+    model: ModelDir = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+) -> None:
+    """Measure by how much honest hardware differs.
+
+    Trains the same segments in all classes that this machine can play, from the run's first state and, if a peer's
+    folder has one, from its newest, and proposes `verify.close`. Refuses classes that differ so much that a small
+    cheat could hide among them.
+    """
+    from p2pasr import calibration, runs
+    from p2pasr.report import progress_bar
+
+    manifest, _ = runs.read_run(run)
+    manifest = manifest or runs.open_run(run, state_dir).manifest
+    task = runs.build_task(manifest, device, model)
+    states = _states(run, state_dir, runs.initial_state(manifest, task))
+    files = runs.shard_paths(shards)
+    own, *others = calibration.classes_here(device)
+    measured: list[Measured] = []
+    references = []
+    total = segments * (repeats + len(others) + 1)
+    with progress_bar("training") as on_progress:
+        for segment in calibration.reference_segments(manifest, task, states, files, segments):
+            references.append(segment)
+            on_progress(len(references), total)
+
+        def compare(name: str, segment: calibration.Segment, rerun: bytes) -> None:
+            measured.append(calibration.Measured(name, segment.phase, calibration.errors_of(segment, rerun)))
+            on_progress(len(references) + len(measured), total)
+
+        cheat = calibration.control_task(manifest, device, model)
+        for segment in references:
+            for _ in range(repeats - 1):
+                compare(own.name, segment, calibration.train(task, segment))
+            compare(calibration.CONTROL, segment, calibration.train(cheat, segment))
+        for hardware in others:
+            with calibration.trainer(manifest, hardware, model) as train:
+                for segment in references:
+                    compare(hardware.name, segment, train(segment))
+    verdict = calibration.judge(measured, manifest.verify.far)
+    _show(manifest, task.hardware_class, measured, verdict, as_json)
+    if verdict.refused:
+        raise LocalError(
+            f"three times the error of {' and of '.join(verdict.refused)} is more than a fifth of verify.far "
+            f"({manifest.verify.far:g}) or of the smallest cheat ({verdict.cheat:.1e}); peers of these classes cannot "
+            f"audit each other"
+        )
+
+
+def _states(run: str, state_dir: Path | None, first: State) -> list[State]:
+    """The first state, and the newest that this machine holds."""
+    from p2pasr import runs
+
+    try:
+        newest = runs.open_run(run, state_dir).state(None, first.params)
+    except LocalError:
+        if state_dir is not None:
+            raise
+        return [first]
+    return [first, newest] if newest.round > 0 else [first]
+
+
+def _show(manifest: RunManifest, hardware: str, measured: list[Measured], verdict: Verdict, as_json: bool) -> None:
+    largest: dict[tuple[str, str, str], float] = {}
+    for item in measured:
+        for group, error in item.errors.items():
+            key = (item.name, item.phase, group)
+            largest[key] = max(largest.get(key, 0.0), error)
+    if as_json:
+        rows = [
+            {"class": name, "from": phase, "group": group, "error": error}
+            for (name, phase, group), error in largest.items()
+        ]
+        found = {
+            "hardware": hardware,
+            "errors": rows,
+            "close": verdict.close,
+            "smallest_cheat": verdict.cheat,
+            "refused": list(verdict.refused),
+        }
+        typer.echo(json.dumps(found, indent=1))
+        return
+    table = Table(title=f"{manifest.name}, against {hardware}", title_justify="left")
+    for column in ("class", "from", "group", "largest error"):
+        table.add_column(column, justify="right" if column == "largest error" else "left")
+    for (name, phase, group), error in largest.items():
+        table.add_row(name, phase, group, f"{error:.1e}" if error else "0 (same bits)")
+    console = Console(markup=False, soft_wrap=True)
+    console.print(table)
+    if verdict.close is None:
+        console.print(f"all classes gave the same bits: verify.close ({manifest.verify.close:g}) can stay")
+    else:
+        console.print(f"verify: {{close: {verdict.close:.1e}}}  # three times the largest honest error")
+    console.print(f"the smallest cheat measured, a learning rate 5 % too high, differs by {verdict.cheat:.1e}")

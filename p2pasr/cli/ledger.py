@@ -1,0 +1,94 @@
+"""`p2pasr verify ledger`: who gave what to a run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from p2pasr.cli.score import RunArgument, StateDir
+from p2pasr.errors import LocalError, Reject
+
+if TYPE_CHECKING:
+    from p2pasr.runs import SavedRun
+
+
+def ledger(
+    run: RunArgument,
+    state_dir: StateDir = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+) -> None:
+    """Rank the peers of a run by the audio of their merged work.
+
+    Credit and bans are those of the newest state that this machine holds; rounds, checks and proofs are those that its
+    peer recorded.
+    """
+    from p2pasr import runs
+    from p2pasr.protocol.signing import short
+
+    saved = runs.open_run(run, state_dir)
+    state = saved.state(None, None)
+    rows = rank(saved)
+    if as_json:
+        typer.echo(json.dumps({"round": state.round, "state": state.digest.hex(), "peers": rows}, indent=1))
+        return
+    table = Table(title=f"{saved.manifest.name}, before round {state.round}", title_justify="left")
+    for column in ("", "peer", "audio", "trust", "rounds", "checked", "proofs", "banned"):
+        table.add_column(column, justify="right" if column in ("", "audio", "trust", "rounds") else "left")
+    for place, row in enumerate(rows, 1):
+        checked = ", ".join(f"{count} {finding}" for finding, count in row["checked"].items())
+        banned = "" if row["banned"] is None else f"in round {row['banned']}"
+        numbers = (f"{row['credit']:,.0f} s", f"{row['trust']:.2f}", str(len(row["rounds"])))
+        table.add_row(str(place), short(row["peer"]), *numbers, checked, ", ".join(row["proofs"]), banned)
+    console = Console(markup=False)
+    console.print(table)
+    if rows and rows[0]["credit"] > 0 and rows[0]["banned"] is None:
+        first = rows[0]
+        console.print(f"Thank you, {short(first['peer'])}: {first['credit'] / 3600:.2f} h of audio are in this model.")
+
+
+def rank(saved: SavedRun) -> list[dict[str, Any]]:
+    """What is known of each peer, the one with the most credit first and banned ones last.
+
+    Raises:
+        LocalError: there is no state here, or what the peer wrote down is damaged.
+    """
+    from p2pasr.averaging.rules import trust
+    from p2pasr.peers.journal import Journal
+    from p2pasr.protocol.messages import Audit, unseal
+    from p2pasr.verify.evidence import unpack_proof
+    from p2pasr.verify.record import RoundRecord
+
+    state = saved.state(None, None)
+    merged: dict[str, list[int]] = {}
+    checked: dict[str, Counter[str]] = {}
+    proofs: dict[str, list[str]] = {}
+    try:
+        for record in map(RoundRecord.unpack, Journal.read_records(saved.folder)):
+            for claim in record.merged():
+                merged.setdefault(claim.peer, []).append(record.round)
+        for packed in Journal.read_audits(saved.folder):
+            for found in unseal(packed, Audit).message.findings:
+                checked.setdefault(found.peer, Counter())[found.finding] += 1
+        for path in Journal.read_proofs(saved.folder):
+            proof = unpack_proof(path.read_bytes())
+            proofs.setdefault(proof.accused, []).append(proof.kind)
+    except Reject as error:
+        raise LocalError(f"what the peer wrote down in {saved.folder} is damaged ({error})") from error
+    rows = [
+        {
+            "peer": peer,
+            "credit": state.credit.get(peer, 0.0),
+            "trust": trust(state.credit.get(peer, 0.0), saved.manifest),
+            "rounds": merged.get(peer, []),
+            "checked": dict(sorted(checked.get(peer, Counter()).items())),
+            "proofs": proofs.get(peer, []),
+            "banned": state.bans.get(peer),
+        }
+        for peer in {*state.credit, *state.bans, *merged, *checked, *proofs}
+    ]
+    return sorted(rows, key=lambda row: (row["banned"] is not None, -row["credit"], row["peer"]))

@@ -1,0 +1,160 @@
+"""Looking at a run from outside: check again what its peers did, without training in it.
+
+An observer is a peer that says nothing of itself and attests nothing. Openings are open to it when
+the round after has ended, and until its peers delete what they committed to.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from p2pasr.auditing import check_part_of, check_segment, fetch
+from p2pasr.errors import RemoteError, TransportError
+from p2pasr.peers.sync import fetch_state
+from p2pasr.protocol.agreement import agree
+from p2pasr.protocol.audits import Duty
+from p2pasr.protocol.messages import Attestation, Finding
+from p2pasr.protocol.rules import RoundView
+from p2pasr.protocol.signing import short
+from p2pasr.round import Member
+from p2pasr.verify.record import MAX_RECORD_BYTES, RoundRecord, check_record
+
+POLL_SECONDS: Final = 1.0
+ASK_SECONDS: Final = 30.0
+
+PATIENCE_SECONDS: Final = 120.0
+"""How long nobody may attest anything before the run counts as over."""
+
+CHANCE: Final = random.SystemRandom()
+"""What an observer looks at must be known to nobody before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One check that was made.
+
+    Attributes:
+        round: of what was checked.
+        what: "segment" or "part".
+    """
+
+    round: int
+    what: str
+    finding: Finding
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What most peers attest: the newest round's number, and the digests of the states before it and those behind it.
+
+    Attributes:
+        states: round → digest of the state before it.
+        peers: who attests it.
+    """
+
+    round: int
+    states: dict[int, bytes]
+    peers: tuple[str, ...]
+
+
+def watch(member: Member, first: int, last: int, rate: float) -> Iterator[Look]:
+    """Check rounds as they are opened, until the last one is done or there is nothing more to wait for.
+
+    Args:
+        first, last: the rounds to look at, both included.
+        rate: share of the segments and parts of each round that is done again.
+
+    Raises:
+        TransportError: the network is not there.
+    """
+    done: set[int] = set()
+    heard = time.monotonic()
+    while time.monotonic() < heard + PATIENCE_SECONDS:
+        line = line_of([signed.message for signed in member.records.attestations(member.manifest).values()])
+        if line is None:
+            member.report.wait("nobody attests a state of this run now")
+            time.sleep(POLL_SECONDS)
+            continue
+        heard = time.monotonic()
+        ready = [number for number in open_rounds(member, line) if first <= number <= last and number not in done]
+        for number in ready:
+            done.add(number)
+            yield from check_round(member, line, number, rate)
+        if line.round > last + 1 or line.round >= member.manifest.rounds.rounds:
+            return
+        if not ready:
+            member.report.wait(f"the run is in round {line.round}; waiting for the next one that its peers open")
+            time.sleep(POLL_SECONDS)
+
+
+def line_of(votes: Sequence[Attestation]) -> Line | None:
+    """What most of these attestations say; None where they say nothing that holds."""
+    agreement = agree(votes)
+    if agreement.state is None or agreement.round is None:
+        return None
+    ours = [vote for vote in votes if vote.peer in agreement.supporters]
+    states = {}
+    for number in range(agreement.round + 1):
+        named = Counter(digest for vote in ours if (digest := vote.at(number)) is not None)
+        if named:
+            states[number] = named.most_common(1)[0][0]
+    return Line(agreement.round, states, tuple(sorted(agreement.supporters)))
+
+
+def open_rounds(member: Member, line: Line) -> list[int]:
+    """The rounds that everybody may look into: over, the next one over too, and still kept."""
+    kept = member.manifest.retention.checkpoint_rounds
+    return [
+        number
+        for number in range(max(0, line.round - kept), line.round - 1)
+        if number in line.states and number + 1 in line.states
+    ]
+
+
+def check_round(member: Member, line: Line, number: int, rate: float) -> Iterator[Look]:
+    """Do a share of one round again: segments within bounds, parts bit for bit."""
+    try:
+        record = find_record(member, line, number)
+    except TransportError as error:
+        member.report.warn(f"round {number} cannot be checked: {error}")
+        return
+    for claim in record.members:
+        for segment in range(claim.message.segments):
+            if CHANCE.random() < rate:
+                duty = Duty(claim.message.peer, claim.digest, segment)
+                yield Look(number, "segment", check_segment(member, claim, duty))
+    for receipt in record.receipts:
+        for part in receipt.message.parts:
+            if CHANCE.random() < rate:
+                duty = Duty(receipt.message.peer, receipt.digest, part.index)
+                yield Look(number, "part", check_part_of(member, record, duty))
+
+
+def find_record(member: Member, line: Line, number: int) -> RoundRecord:
+    """The record of a round, from whoever of those who attest its outcome gives one that holds.
+
+    The state before the round is in the store afterwards.
+
+    Raises:
+        TransportError: nobody gives one.
+    """
+    state = fetch_state(member.link, member.store, member.manifest, member.like, line.states[number], line.peers)
+    view = RoundView(member.manifest, state.run, state.round, state.digest, state.covered, state.credit, state.bans)
+    for peer in line.peers:
+        try:
+            named = member.link.call("record", ASK_SECONDS, peer=peer, round=number)["digest"]
+            record = RoundRecord.unpack(fetch(member, "record", named, MAX_RECORD_BYTES, peer))
+            check_record(record, view, None)
+        except TransportError:
+            continue
+        except RemoteError as error:
+            member.report.warn(f"the record that {short(peer)} gives of round {number} does not hold: {error}")
+            continue
+        if record.after == line.states[number + 1]:
+            return record
+    raise TransportError(f"none of {len(line.peers)} peers gives the record of round {number}")
