@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from p2pasr.averaging.codec import Layout
@@ -168,8 +169,7 @@ def check_segment(member: Member, claim: Signed[Claim], duty: Duty) -> Finding:
     The order is blind: we commit to our result before the claimed one is opened to us.
     """
     member.step("audit", f"round {claim.message.round}: training segment {duty.item + 1} of {short(duty.peer)} again")
-    before = member.store.get(claim.message.state)
-    state = parse_state(before, member.manifest, member.like)
+    state = parse_state(member.store.get(claim.message.state), member.manifest, member.like)
     salt, result = os.urandom(32), NOTHING
     try:
         start = open_checkpoint(member, claim, duty.item - 1, None) if duty.item > 0 else None
@@ -181,20 +181,57 @@ def check_segment(member: Member, claim: Signed[Claim], duty: Duty) -> Finding:
         last_index = claim.message.segments - 1
         last = end if duty.item == last_index else open_checkpoint(member, claim, last_index, sealed)
     except (TransportError, RemoteError, NonFiniteStep) as error:
-        member.report.warn(f"segment {duty.item + 1} of {short(duty.peer)} could not be checked: {error}")
-        return Finding(duty.peer, duty.statement, duty.item, "unavailable", 0.0, result, salt)
-    judge = judge_of(member)
-    found = compare_ends(state, None if start is None else start.data, end.data, rerun, member.manifest)
+        return unavailable(member, duty, error, result, salt)
+    return conclude_segment(member, claim, duty, Opened(start, end, last), rerun, salt)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What is compared with a segment's re-run.
+
+    Attributes:
+        start: the checkpoint before it; None for the first.
+        end: the one that its author says it ends with.
+        last: the last one of the claim.
+    """
+
+    start: Opening | None
+    end: Opening
+    last: Opening
+
+
+def conclude_segment(
+    member: Member, claim: Signed[Claim], duty: Duty, opened: Opened, rerun: bytes, salt: bytes
+) -> Finding:
+    """What a re-run segment says about its claim; keeps the proof if it is one.
+
+    Args:
+        rerun: the packed checkpoint at its end, trained here.
+        salt: of the commitment to it.
+    """
+    judge, before = judge_of(member), member.store.get(claim.message.state)
+    state = parse_state(before, member.manifest, member.like)
+    start = None if opened.start is None else opened.start.data
+    found = compare_ends(state, start, opened.end.data, rerun, member.manifest)
     kind = found.finding
     if kind == "different":
         ends = f"ends elsewhere (relative error {found.error:.2e})"
-        proof = SegmentProof(claim, duty.item, before, start, end)
+        proof = SegmentProof(claim, duty.item, before, opened.start, opened.end)
         convict(member, proof, f"segment {duty.item + 1} of {short(duty.peer)}, trained again, {ends}")
-    elif delta_of(claim.message, state, last.data, member.manifest) != (claim.message.delta_root, True):
+    elif delta_of(claim.message, state, opened.last.data, member.manifest) != (claim.message.delta_root, True):
         kind = "different"
-        link = LinkProof(claim, before, last)
+        link = LinkProof(claim, before, opened.last)
         convict(member, link, link.check(judge))
-    return Finding(duty.peer, duty.statement, duty.item, kind, min(found.error, MAX_ERROR), result, salt)
+    error = min(found.error, MAX_ERROR)
+    return Finding(duty.peer, duty.statement, duty.item, kind, error, blob_digest(rerun), salt)
+
+
+def unavailable(
+    member: Member, duty: Duty, error: Exception, result: bytes = NOTHING, salt: bytes = NOTHING
+) -> Finding:
+    """The finding where a segment cannot be checked, for a reason that is reported."""
+    member.report.warn(f"segment {duty.item + 1} of {short(duty.peer)} could not be checked: {error}")
+    return Finding(duty.peer, duty.statement, duty.item, "unavailable", 0.0, result, salt)
 
 
 def open_checkpoint(member: Member, claim: Signed[Claim], index: int, commitment: bytes | None) -> Opening:

@@ -13,14 +13,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from p2pasr.auditing import check_part_of, check_segment, fetch
-from p2pasr.errors import RemoteError, TransportError
+from p2pasr.auditing import (
+    NOTHING,
+    Opened,
+    check_part_of,
+    conclude_segment,
+    fetch,
+    open_checkpoint,
+    train_again,
+    unavailable,
+)
+from p2pasr.errors import NonFiniteStep, RemoteError, TransportError
 from p2pasr.peers.sync import fetch_state
 from p2pasr.protocol.agreement import agree
 from p2pasr.protocol.audits import Duty
-from p2pasr.protocol.messages import Attestation, Finding
+from p2pasr.protocol.messages import Attestation, Claim, Finding, Signed
 from p2pasr.protocol.rules import RoundView
 from p2pasr.protocol.signing import short
+from p2pasr.protocol.state import parse_state
 from p2pasr.round import Member
 from p2pasr.verify.record import MAX_RECORD_BYTES, RoundRecord, check_record
 
@@ -117,22 +127,55 @@ def open_rounds(member: Member, line: Line) -> list[int]:
 
 
 def check_round(member: Member, line: Line, number: int, rate: float) -> Iterator[Look]:
-    """Do a share of one round again: segments within bounds, parts bit for bit."""
+    """Do a share of one round again: parts bit for bit, segments within bounds.
+
+    Everything is fetched first, for its authors may delete it while a segment is trained.
+    """
     try:
         record = find_record(member, line, number)
     except TransportError as error:
         member.report.warn(f"round {number} cannot be checked: {error}")
         return
-    for claim in record.members:
-        for segment in range(claim.message.segments):
-            if CHANCE.random() < rate:
-                duty = Duty(claim.message.peer, claim.digest, segment)
-                yield Look(number, "segment", check_segment(member, claim, duty))
     for receipt in record.receipts:
         for part in receipt.message.parts:
             if CHANCE.random() < rate:
                 duty = Duty(receipt.message.peer, receipt.digest, part.index)
                 yield Look(number, "part", check_part_of(member, record, duty))
+    drawn: list[tuple[Signed[Claim], Duty, Opened]] = []
+    for claim in record.members:
+        for segment in range(claim.message.segments):
+            if CHANCE.random() < rate:
+                duty = Duty(claim.message.peer, claim.digest, segment)
+                try:
+                    drawn.append((claim, duty, open_segment(member, claim, segment)))
+                except (TransportError, RemoteError) as error:
+                    yield Look(number, "segment", unavailable(member, duty, error))
+    for claim, duty, opened in drawn:
+        yield Look(number, "segment", check_opened(member, claim, duty, opened))
+
+
+def open_segment(member: Member, claim: Signed[Claim], segment: int) -> Opened:
+    """What a segment's author committed to around it.
+
+    Raises:
+        TransportError: it does not open it.
+        Reject: what it opens does not lie under the claim's root.
+    """
+    indices = {index for index in (segment - 1, segment, claim.message.segments - 1) if index >= 0}
+    opened = {index: open_checkpoint(member, claim, index, None) for index in indices}
+    return Opened(opened.get(segment - 1), opened[segment], opened[claim.message.segments - 1])
+
+
+def check_opened(member: Member, claim: Signed[Claim], duty: Duty, opened: Opened) -> Finding:
+    """Train a segment again whose ends were opened before."""
+    member.report.progress(f"round {claim.message.round}: segment {duty.item + 1} of {short(duty.peer)}", 0, 1)
+    state = parse_state(member.store.get(claim.message.state), member.manifest, member.like)
+    try:
+        start = None if opened.start is None else opened.start.data
+        rerun = train_again(member, claim.message, duty.item, state, start)
+    except (TransportError, RemoteError, NonFiniteStep) as error:
+        return unavailable(member, duty, error)
+    return conclude_segment(member, claim, duty, opened, rerun, NOTHING)
 
 
 def find_record(member: Member, line: Line, number: int) -> RoundRecord:

@@ -39,6 +39,9 @@ def audit(
     ] = None,
     model: ModelDir = None,
     device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="CPU threads; as many as the peers give the same bits as they")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Watch a run and do its work again.
@@ -64,6 +67,7 @@ def audit(
         client_mode=True,
         seed_data=shards,
         device=device,
+        threads=threads,
         model=model,
     )
     looks: list[Look] = []

@@ -37,18 +37,19 @@ def ledger(
         typer.echo(json.dumps({"round": state.round, "state": state.digest.hex(), "peers": rows}, indent=1))
         return
     table = Table(title=f"{saved.manifest.name}, before round {state.round}", title_justify="left")
+    table.caption = "banned: in which round; rounds: those that this peer took part in"
     for column in ("", "peer", "audio", "trust", "rounds", "checked", "proofs", "banned"):
-        table.add_column(column, justify="right" if column in ("", "audio", "trust", "rounds") else "left")
+        table.add_column(column, justify="left" if column in ("peer", "checked", "proofs") else "right")
     for place, row in enumerate(rows, 1):
         checked = ", ".join(f"{count} {finding}" for finding, count in row["checked"].items())
-        banned = "" if row["banned"] is None else f"in round {row['banned']}"
+        banned = "" if row["banned"] is None else str(row["banned"])
         numbers = (f"{row['credit']:,.0f} s", f"{row['trust']:.2f}", str(len(row["rounds"])))
         table.add_row(str(place), short(row["peer"]), *numbers, checked, ", ".join(row["proofs"]), banned)
     console = Console(markup=False)
     console.print(table)
     if rows and rows[0]["credit"] > 0 and rows[0]["banned"] is None:
-        first = rows[0]
-        console.print(f"Thank you, {short(first['peer'])}: {first['credit'] / 3600:.2f} h of audio are in this model.")
+        hours = rows[0]["credit"] / 3600
+        console.print(f"Thank you, {rows[0]['peer']}: {hours:.2f} h of audio in this model are yours.", soft_wrap=True)
 
 
 def rank(saved: SavedRun) -> list[dict[str, Any]]:

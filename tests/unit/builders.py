@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hivemind.p2p import P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
+from p2pasr.auditing import train_segment
 from p2pasr.averaging import rules
 from p2pasr.averaging.codec import Flat, Layout, Vector
 from p2pasr.averaging.merkle import Tree, part_digests
@@ -21,14 +22,14 @@ from p2pasr.peers.config import LinkConfig, NodeConfig
 from p2pasr.peers.host import Host
 from p2pasr.peers.identity import Identity
 from p2pasr.peers.streams import Pacer, Stream
-from p2pasr.protocol.assignment import assign, segment_seed
+from p2pasr.protocol.assignment import assign
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import Attestation, Claim, PartReceipt, Receipt, Roster, Signed, seal
 from p2pasr.protocol.rules import RoundView
 from p2pasr.protocol.state import State, genesis, params_digest
 from p2pasr.protocol.tensors import Tensors
-from p2pasr.tasks.base import Checkpoint
+from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, SegmentReport
 from p2pasr.verify.record import RoundRecord
 
 GROUP: Final = b"group of the tests"
@@ -248,15 +249,32 @@ def finish_round(manifest: RunManifest, before: State, after: bytes | None = Non
     return FinishedRound(manifest, before, view_of(manifest, before), identities, record, average)
 
 
+class ToyTask:
+    """A task that draws its steps from the seed of the segment.
+
+    Args:
+        rate: how long they are.
+    """
+
+    hardware_class = "none"
+
+    def __init__(self, rate: float = 0.01) -> None:
+        self.rate = np.float32(rate)
+
+    def segment(
+        self, start: Checkpoint, _shards: Sequence[Path], plan: SegmentPlan, _on_step: OnStep | None = None
+    ) -> tuple[Checkpoint, SegmentReport]:
+        """Train one segment."""
+        draw = np.random.default_rng(int.from_bytes(plan.seed[:8], "big"))
+        steps = {k: draw.normal(size=v.shape).astype(np.float32) for k, v in sorted(start.params.items())}
+        params = {name: start.params[name] + self.rate * step for name, step in steps.items()}
+        moments = {f"{name}/exp_avg": step for name, step in steps.items()}
+        return Checkpoint(params, moments, start.step + plan.steps), SegmentReport(1.0, plan.steps)
+
+
 def train_toy(manifest: RunManifest, claim: Claim, segment: int, before: State, start: bytes | None) -> bytes:
-    """One segment of a task that draws its steps: the packed checkpoint at its end."""
-    begin = Checkpoint(before.params) if start is None else Checkpoint.unpack(start)
-    seed = segment_seed(claim.state, claim.peer, segment)
-    draw = np.random.default_rng(int.from_bytes(seed[:8], "big"))
-    steps = {name: draw.normal(size=value.shape).astype(np.float32) for name, value in sorted(begin.params.items())}
-    params = {name: value + np.float32(0.01) * steps[name] for name, value in begin.params.items()}
-    moments = {f"{name}/exp_avg": step for name, step in steps.items()}
-    return Checkpoint(params, moments, begin.step + manifest.rounds.steps_per_segment).pack()
+    """The packed checkpoint at the end of one segment of a claim."""
+    return train_segment(ToyTask(), manifest, claim, segment, before, start, (), None)
 
 
 @dataclass(frozen=True)
