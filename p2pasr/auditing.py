@@ -180,7 +180,7 @@ def check_segment(member: Member, claim: Signed[Claim], duty: Duty) -> Finding:
         end = open_checkpoint(member, claim, duty.item, sealed)
         last_index = claim.message.segments - 1
         last = end if duty.item == last_index else open_checkpoint(member, claim, last_index, sealed)
-    except (TransportError, RemoteError, NonFiniteStep) as error:
+    except (TransportError, RemoteError) as error:
         return unavailable(member, duty, error, result, salt)
     return conclude_segment(member, claim, duty, Opened(start, end, last), rerun, salt)
 
@@ -274,8 +274,8 @@ def train_segment(
     """The packed checkpoint at the end of one segment of a claim, by the task itself.
 
     Raises:
-        NonFiniteStep: a step was not finite.
-        Reject: the checkpoint that the claim's author committed to is none that the task can go on from.
+        Reject: the task cannot go on from the checkpoint that the claim's author committed to, or a step was not
+            finite, after which nobody claims anything.
     """
     begin = Checkpoint(before.params) if start is None else Checkpoint.unpack(start)
     if _forms(begin.params) != _forms(before.params):
@@ -283,6 +283,8 @@ def train_segment(
     plan = SegmentPlan.of(manifest.rounds, claim.round, claim.state, claim.peer, segment)
     try:
         end, _ = task.segment(begin, shards, plan, on_step)
+    except NonFiniteStep as error:
+        raise Reject(f"segment {segment + 1}, trained again, comes to no end: {error}") from error
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if start is None:
             raise

@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -137,13 +138,20 @@ def errors_of(segment: Segment, rerun: bytes) -> dict[str, float]:
 
 @contextlib.contextmanager
 def trainer(manifest: RunManifest, hardware: HardwareClass, model: str | None) -> Iterator[Callable[[Segment], bytes]]:
-    """Train segments in a process of another class; yields a function that returns the packed end."""
+    """Train segments in a process of another class; yields a function that returns the packed end.
+
+    Raises:
+        LocalError: the process ended.
+    """
     arguments = (manifest.canonical(), hardware.device, hardware.threads, model)
-    with _environment("ATEN_CPU_CAPABILITY", hardware.capability):
-        pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, arguments)
-        pool.submit(int).result()  # the process starts with its first piece of work
-    with pool:
-        yield lambda segment: pool.submit(_train, segment).result()
+    try:
+        with _environment("ATEN_CPU_CAPABILITY", hardware.capability):
+            pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, arguments)
+            pool.submit(int).result()  # the process starts with its first piece of work
+        with pool:
+            yield lambda segment: pool.submit(_train, segment).result()
+    except BrokenProcessPool as error:
+        raise LocalError(f"the process of the class {hardware.name!r} ended, perhaps for want of memory") from error
 
 
 @dataclass(frozen=True, slots=True)

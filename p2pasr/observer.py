@@ -23,7 +23,7 @@ from p2pasr.auditing import (
     train_again,
     unavailable,
 )
-from p2pasr.errors import NonFiniteStep, RemoteError, TransportError
+from p2pasr.errors import RemoteError, TransportError
 from p2pasr.peers.sync import fetch_state
 from p2pasr.protocol.agreement import agree
 from p2pasr.protocol.audits import Duty
@@ -173,7 +173,7 @@ def check_opened(member: Member, claim: Signed[Claim], duty: Duty, opened: Opene
     try:
         start = None if opened.start is None else opened.start.data
         rerun = train_again(member, claim.message, duty.item, state, start)
-    except (TransportError, RemoteError, NonFiniteStep) as error:
+    except (TransportError, RemoteError) as error:
         return unavailable(member, duty, error)
     return conclude_segment(member, claim, duty, opened, rerun, NOTHING)
 

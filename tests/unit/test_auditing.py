@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from p2pasr.auditing import train_segment
-from p2pasr.errors import Reject
+from p2pasr.errors import NonFiniteStep, Reject
 from p2pasr.protocol.tensors import pack_tensors, unpack_tensors
 from p2pasr.tasks import Checkpoint
 from p2pasr.tasks.base import SegmentReport
@@ -73,6 +73,17 @@ def test_an_honest_checkpoint_leads_where_it_led_its_author() -> None:
 def test_a_checkpoint_that_nothing_can_be_trained_from_is_refused_and_never_a_crash(start: bytes) -> None:
     with pytest.raises(Reject):
         again(start)
+
+
+def test_training_that_diverges_proves_nothing_and_is_not_tried_again() -> None:
+    class Diverging(ToyTask):
+        def segment(self, *_: Any) -> tuple[Checkpoint, SegmentReport]:
+            raise NonFiniteStep("the loss is nan")
+
+    task: Any = Diverging()
+    for segment, start in ((0, None), (1, START)):
+        with pytest.raises(Reject, match="comes to no end: the loss is nan"):
+            train_segment(task, MANIFEST, CLAIM, segment, STATE, start, (), None)
 
 
 def test_what_fails_from_the_agreed_state_is_this_machines_fault() -> None:

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pasr.calibration import CONTROL, Measured, control_task, errors_of, judge, reference_segments, train
+from p2pasr.calibration import (
+    CONTROL,
+    HardwareClass,
+    Measured,
+    control_task,
+    errors_of,
+    judge,
+    reference_segments,
+    train,
+    trainer,
+)
 from p2pasr.errors import LocalError
 from p2pasr.tasks import Checkpoint
 
@@ -79,3 +89,12 @@ def test_what_is_proposed_always_leaves_room(honest: dict[str, float], cheat: fl
 def test_a_task_without_a_learning_rate_has_no_control() -> None:
     with pytest.raises(LocalError, match="no learning rate"):
         control_task(make_manifest(task={"kind": "toy", "config": {}}), "cpu", None)
+
+
+def test_a_process_that_ends_is_said_to_have_ended() -> None:
+    unknown = make_manifest(task={"kind": "unknown", "config": {}})
+    with (
+        pytest.raises(LocalError, match="the process of the class 'odd' ended"),
+        trainer(unknown, HardwareClass("odd", "cpu"), None),
+    ):
+        pass
