@@ -63,7 +63,7 @@ class Directory:
         self.attested: dict[str, Signed[Attestation]] = {}
         self.before_each_look: list[Callable[[], None]] = []
 
-    def roster(self) -> dict[str, Roster]:
+    def roster(self, cohort: Any) -> dict[str, Roster]:
         if self.before_each_look:
             self.before_each_look.pop(0)()
         return self.here
@@ -71,10 +71,10 @@ class Directory:
     def claims(self, view: Any) -> dict[str, Signed[Claim]]:
         return self.claimed
 
-    def attestations(self, manifest: Any) -> dict[str, Signed[Attestation]]:
+    def attestations(self, manifest: Any, cohort: Any) -> dict[str, Signed[Attestation]]:
         return self.attested
 
-    def announce_roster(self, roster: Roster) -> None: ...
+    def announce_roster(self, roster: Roster, cohort: Any) -> None: ...
 
     def announce_attestation(self, attestation: Signed[Attestation]) -> None: ...
 
