@@ -273,6 +273,8 @@ def run_round(member: Member) -> bool:
     """
     if sync(member):
         return True
+    if member.state.round >= member.manifest.rounds.rounds:
+        return False
     if mix_due(member.state, member.manifest):
         return mix_cohorts(member)
     if not ready_to_train(member):
