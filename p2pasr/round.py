@@ -181,14 +181,13 @@ class Member:
         """Digests of the states that a state grew from, the newest first, as far as they are known here."""
         if state.digest == self.state.digest and self.lineage:
             return self.lineage
-        if self._leads_to(state):
-            return (self.state.digest, *self.lineage)[:MAX_ANCESTORS]
+        line = (self.state.digest, *self.lineage)
+        rounds = state.round - self.state.round
+        if state.parent == self.state.digest or (rounds == 1 and mix_due(self.state, self.manifest)):
+            return line[:MAX_ANCESTORS]  # a mixed state names no single one that it grew from
+        if rounds == 2 and mix_due(self.state, self.manifest):
+            return (state.parent, *line)[:MAX_ANCESTORS]
         return (state.parent,) if state.round > 0 else ()
-
-    def _leads_to(self, state: State) -> bool:
-        """Whether a state is what came of our round; a mixed one names no single state that it grew from."""
-        mixed = mix_due(self.state, self.manifest) and state.round == self.state.round + 1
-        return mixed or state.parent == self.state.digest
 
     def in_our_round(self, roster: Mapping[str, Roster]) -> dict[str, Roster]:
         """Those of a roster who work on the same round from the same state."""

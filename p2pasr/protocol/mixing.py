@@ -162,10 +162,11 @@ def mixed(
 def caught_up(state: State, common: State, after: State, manifest: RunManifest) -> State:
     """What a cohort makes of a mix that others made without waiting for it.
 
-    Its work since the common state is put on top of the mixed state, and is mixed next time. Where the
+    Its work since the common state is put on top of the mixed state, as if it had been a round of its own
+    from there: the state of one round later, which is mixed next time. Where the
     cohorts are other ones from now on, that would count the work of a cohort twice or hand it to peers
     that had no part in it, so that the mixed state is taken as it is. So is one that the cohort's work
-    is in already.
+    is in already, and the last of a run.
 
     Args:
         state: the cohort's, before the boundary round.
@@ -173,13 +174,14 @@ def caught_up(state: State, common: State, after: State, manifest: RunManifest) 
     """
     ledger = ledger_since(state, common)
     included = any(after.credit.get(peer, 0.0) > common.credit.get(peer, 0.0) for peer in ledger.credit)
-    if included or not ledger.credit or after.bits != state.bits:
+    if included or not ledger.credit or after.bits != state.bits or after.round == manifest.rounds.rounds:
         return after
     epoch, covered = fold(after, [ledger], manifest)
     params = {name: value + (state.params[name] - common.params[name]) for name, value in after.params.items()}
     return replace(
         after,
-        parent=state.digest,
+        round=after.round + 1,
+        parent=after.digest,
         params=params,
         epoch=epoch,
         covered=covered,
@@ -225,7 +227,8 @@ class Tally:
     Attributes:
         number: the boundary round.
         common, since: digest of the common state, and its round.
-        attesters: cohort → the peers in it that attest the line.
+        attesters: cohort → the peers in it that attest the line. Those that came later than it began do not know
+            where they stood then, and count too.
         stated: cohort → peer → what it states.
         results: peer → what it attests to have come of the mix.
     """
@@ -239,7 +242,7 @@ class Tally:
 
     def see_attestations(self, index: int, votes: Iterable[Attestation]) -> None:
         """Take note of what a cohort attests."""
-        here = [vote for vote in votes if vote.at(self.since) == self.common]
+        here = [vote for vote in votes if vote.round >= self.since and vote.at(self.since) in (None, self.common)]
         self.attesters[index] = {vote.peer for vote in here}
         for vote in here:
             if (result := vote.at(self.number + 1)) is not None:
