@@ -63,7 +63,7 @@ from p2pasr.report import Report
 from p2pasr.tasks.base import Bounded, Checkpoint, OnStep, SegmentPlan, Task
 from p2pasr.verify.conflict import Conflict, contradict
 from p2pasr.verify.evidence import ConflictProof
-from p2pasr.verify.record import RoundRecord, check_record, in_every_part
+from p2pasr.verify.record import MixRecord, RoundRecord, check_record, in_every_part
 from p2pasr.verify.trace import Trace, retain_traces
 
 T = TypeVar("T")
@@ -1158,20 +1158,32 @@ def _finite(state: State) -> State:
     return state
 
 
-def settle_mix(member: Member, result: Result) -> None:
-    """A mix is committed: hold its state, and say so."""
-    finished, cohort = member.state.round, member.cohort
-    hold(member, result.after)
+def settle_mix(member: Member, result: Result, seen: tuple[Signed[Attestation], ...]) -> None:
+    """A mix is committed: keep its record, hold its state, and say so."""
+    finished, cohort, after = member.state.round, member.cohort, result.after
+    record = MixRecord(
+        run=after.run,
+        round=finished,
+        before=member.state.digest,
+        after=after.digest,
+        next_round=after.round,
+        covered=after.covered,
+        credit=after.credit,
+        bits=after.bits,
+        attestations=seen,
+    )
+    member.journal.record(finished, record.pack())
+    hold(member, after)
     member.fresh = False
     member.report.emit(
         "mix",
-        f"round {finished} is done: cohort {cohort.name} mixed with the others, state {result.after.digest.hex()[:8]}, "
-        f"{1 << result.after.bits} cohorts from now on",
+        f"round {finished} is done: cohort {cohort.name} mixed with the others, state {after.digest.hex()[:8]}, "
+        f"{1 << after.bits} cohorts from now on",
         round=finished,
-        state=result.after.digest,
+        state=after.digest,
         cohort=cohort.name,
-        bits=result.after.bits,
-        work=result.after.work,
+        bits=after.bits,
+        work=after.work,
     )
 
 
@@ -1184,7 +1196,7 @@ def conclude(member: Member, result: Result, seen: tuple[Signed[Attestation], ..
         audit(member, result, seen)
         settle(member, result)
     else:
-        settle_mix(member, result)
+        settle_mix(member, result, seen)
 
 
 def audit(member: Member, result: Averaged, seen: tuple[Signed[Attestation], ...]) -> None:

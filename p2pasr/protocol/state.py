@@ -219,16 +219,16 @@ def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params
         covered=covered,
         credit=earn(state.credit, merged, manifest),
         bans=condemn(state.bans, merged, state.round),
-        bits=state.bits or _split(state, manifest, len(merged)),
+        bits=bits_after(state.round, state.bits, len(merged), manifest),
         common=(state.digest if state.is_common else state.common) if state.bits else NO_PARENT,
     )
 
 
-def _split(state: State, manifest: RunManifest, merged: int) -> int:
-    """Into how many cohorts, as bits, a swarm splits that was one group of so many merged claims."""
+def bits_after(number: int, bits: int, merged: int, manifest: RunManifest) -> int:
+    """The bits of the state after round `number`, in which so many claims were merged: one group may split."""
     section, rounds = manifest.averaging, manifest.rounds
-    if not is_boundary(state.round, rounds.rounds, section.mix_rounds):
-        return 0
+    if bits or not is_boundary(number, rounds.rounds, section.mix_rounds):
+        return bits
     return bits_for(merged, section.max_group, rounds.min_peers, 0)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Barrier
 from typing import Any
 
-from p2pasr import Peer, PeerOptions, RunConfig, State, new_run
+from p2pasr import Peer, PeerOptions, RunConfig, State, new_run, runs
 from p2pasr.demo.fleet import Fleet
 from p2pasr.peers.identity import Identity
 from p2pasr.protocol.cohorts import cohort_of
@@ -78,6 +78,11 @@ def test_a_swarm_that_is_too_large_for_a_group_parts_into_cohorts_and_ends_in_on
     assert {event["cohort"] for event in mixes} == {"1-0", "1-1"}
     for number in {event["round"] for event in mixes}:
         assert len({event["state"] for event in mixes if event["round"] == number}) == 1
+    first = runs.initial_state(manifest, MeanMel())
+    for number in range(PEERS):
+        checked = list(runs.open_run(manifest.run_id.hex(), folder / str(number)).lineage(first))
+        assert checked[-1].record.after == ends[0].digest
+        assert all(item.problem is None for item in checked)
 
 
 def half_and_half(manifest: RunManifest) -> Iterator[Identity]:
