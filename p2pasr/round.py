@@ -274,6 +274,7 @@ def run_round(member: Member) -> bool:
         return True
     if member.state.round >= member.manifest.rounds.rounds:
         return False
+    check_admitted(member)
     if mix_due(member.state, member.manifest):
         return mix_cohorts(member)
     if not ready_to_train(member):
@@ -361,7 +362,13 @@ def tell_what_is_left(member: Member, agreement: Agreement, votes: Sequence[Atte
 
 def attestations(member: Member) -> dict[str, Signed[Attestation]]:
     """What everybody in our cohort attests now, this peer too if it has said anything since it started."""
-    return _with_ours(member, member.records.attestations(member.manifest, member.cohort))
+    return _with_ours(member, attested_in(member, member.cohort))
+
+
+def attested_in(member: Member, cohort: Cohort) -> dict[str, Signed[Attestation]]:
+    """What others attest in a cohort, but for those that are banned."""
+    seen = member.records.attestations(member.manifest, cohort)
+    return {peer: signed for peer, signed in seen.items() if peer not in member.state.bans}
 
 
 def attestations_around(member: Member) -> dict[str, Signed[Attestation]]:
@@ -382,7 +389,7 @@ def attestations_in(member: Member, bits: Iterable[int]) -> dict[str, Signed[Att
     """What others attest in our cohorts of so many bits; of one that moved from one to the other, what is later."""
     cohorts = [cohort_of(member.state.run, member.peer, number) for number in bits]
     seen: dict[str, Signed[Attestation]] = {}
-    for found in at_once(lambda cohort: member.records.attestations(member.manifest, cohort), cohorts):
+    for found in at_once(lambda cohort: attested_in(member, cohort), cohorts):
         for peer, signed in found.items():
             if peer not in seen or seen[peer].message.round < signed.message.round:
                 seen[peer] = signed
@@ -418,7 +425,15 @@ def electorate(member: Member, votes: Sequence[Attestation]) -> set[str]:
     working = {peer for peer, entry in member.in_our_round(roster).items() if entry.stage != "waiting"}
     if member.unsettled is not None or time.time() < member.closes_at + member.manifest.rounds.grace_seconds:
         working.add(member.peer)
-    return working | set(member.records.claims(member.view))
+    return working | takers(member)
+
+
+def takers(member: Member) -> set[str]:
+    """Who takes part in the round for all to see: those that claimed in it, or stated their part in its mix."""
+    if not mix_due(member.state, member.manifest):
+        return set(member.records.claims(member.view))
+    mixes = member.records.mixes(member.cohort, member.state.round)
+    return {peer for peer, signed in mixes.items() if signed.message.state == member.state.digest}
 
 
 def hold(member: Member, state: State) -> None:
@@ -448,11 +463,11 @@ def overtaken(member: Member) -> bool:
 # --- assign -------------------------------------------------------------------------------------
 
 
-def ready_to_train(member: Member) -> bool:
-    """Whether there are peers enough and the round is still at its beginning; waits a while for both.
+def check_admitted(member: Member) -> None:
+    """May this peer take part?
 
     Raises:
-        LocalError: this peer was banned, or is not admitted.
+        LocalError: it was banned, or is not admitted.
     """
     if not member.manifest.admits(member.peer):
         raise LocalError(
@@ -464,6 +479,10 @@ def ready_to_train(member: Member) -> bool:
             f"this peer was banned from the run in round {member.state.bans[member.peer]}: more than half of the "
             f"round's peers hold a proof that it cheated; see the run's evidence folder of any of them"
         )
+
+
+def ready_to_train(member: Member) -> bool:
+    """Whether there are peers enough and the round is still at its beginning; waits a while for both."""
     rounds = member.manifest.rounds
     started = time.monotonic()
     waiting = False
@@ -615,13 +634,19 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
             loss_before=losses[0],
             loss_after=losses[-1],
             hardware=member.task.hardware_class[:128],
-            against=tuple(sorted(member.proved - member.state.bans.keys())[:MAX_AGAINST]),
+            against=accused(member),
         ),
     )
     work = Work(claim, encoded.digest, tuple(trace.checkpoints))
     member.journal.pend(Pending(member.state.round, member.state.digest, claim.pack(), work.delta, work.checkpoints))
     publish_claim(member, work)
     return work
+
+
+def accused(member: Member) -> tuple[str, ...]:
+    """The peers of our cohort that are proved to cheat and are not banned yet."""
+    proved = member.proved - member.state.bans.keys()
+    return tuple(sorted(peer for peer in proved if member.cohort.has(member.state.run, peer))[:MAX_AGAINST])
 
 
 @dataclass(frozen=True, slots=True)
@@ -860,7 +885,7 @@ def attest(member: Member, result: Result) -> tuple[Signed[Attestation], ...]:
             compare_receipts(member, result)
         votes = [signed.message for signed in seen.values()]
         other = result_of(member.state.round, member.state.digest, votes, result.electorate)
-        if other is not None:
+        if other is not None and other.state != after.parent:  # a mix can lead on by two rounds
             raise TransportError(f"the round ended otherwise: {other.reason}")
         if time.monotonic() > deadline:
             raise TransportError(f"no quorum within {QUORUM_SECONDS:.0f} s: {reason}")
@@ -879,14 +904,12 @@ def rivals(member: Member, result: Result, seen: dict[str, Signed[Attestation]])
 
     These have a say too: groups that know nothing of each other could else each reach a quorum of their own.
     """
-    before, after = result.after.parent, result.after
-    votes = [signed.message for signed in seen.values()]
-    others = {
-        v.peer for v in votes if v.at(after.round - 1) == before and v.at(after.round) not in (None, after.digest)
-    }
+    before, after = member.state, result.after
+    votes = [v for v in (signed.message for signed in seen.values()) if v.at(before.round) == before.digest]
+    others = {v.peer for v in votes if v.at(after.round) not in (None, after.digest)}
     if others <= result.electorate:
         return others
-    return others & (result.electorate | member.records.claims(member.view).keys())
+    return others & (result.electorate | takers(member))
 
 
 def compare_receipts(member: Member, result: Averaged) -> None:
@@ -951,6 +974,7 @@ def mix_cohorts(member: Member) -> bool:
         LocalError, TransportError: as :func:`run_round`.
     """
     reasons: list[str] = []
+    check_last_round(member)
     member.closes_at = time.time() + member.manifest.rounds.max_seconds
     for attempt in range(ATTEMPTS):
         try:
@@ -986,8 +1010,8 @@ def contribute(member: Member) -> Contribution:
     common = common_state(member)
     encoded = write_delta(member, common.params, state.params)
     root = member.link.call(
-        "offer",
-        OFFER_SECONDS,
+        "contribute",
+        CONTRIBUTE_SECONDS,
         round=state.round,
         cohort=(state.bits, member.cohort.index),
         delta=encoded.digest,
@@ -1079,11 +1103,12 @@ def look_at_cohorts(member: Member, tally: Tally) -> None:
 
     def read(cohort: Cohort) -> None:
         if cohort.index in missing:
-            seen = member.records.attestations(member.manifest, cohort)
+            seen = attested_in(member, cohort)
             seen = _with_ours(member, seen) if cohort == member.cohort else seen
             tally.see_attestations(cohort.index, (signed.message for signed in seen.values()))
         mixes = member.records.mixes(cohort, number)
-        tally.see_mixes(cohort.index, (signed.message for signed in mixes.values()))
+        counted = (peer for peer in mixes if peer not in member.state.bans and member.manifest.admits(peer))
+        tally.see_mixes(cohort.index, [mixes[peer].message for peer in counted])
 
     at_once(read, [Cohort(bits, index) for index in range(1 << bits)])
 
@@ -1169,12 +1194,17 @@ def settle_mix(member: Member, result: Result, seen: tuple[Signed[Attestation], 
         next_round=after.round,
         covered=after.covered,
         credit=after.credit,
+        bans=after.bans,
         bits=after.bits,
         attestations=seen,
     )
     member.journal.record(finished, record.pack())
     hold(member, after)
     member.fresh = False
+    try:
+        offer(member)
+    except TransportError as error:  # the mix stands all the same; it is offered again before the next round
+        member.report.warn(f"what was claimed in the last rounds is not open to others: {error}")
     member.report.emit(
         "mix",
         f"round {finished} is done: cohort {cohort.name} mixed with the others, state {after.digest.hex()[:8]}, "

@@ -153,10 +153,10 @@ class AllReduce:
         """Find a group and average with it.
 
         Args:
-            args: round, state, covered, credit, bans, bits (the view); claim (packed, ours); delta (digest of the encoded
-                one); reference (digest of the encoded last aggregate, None where the rule needs none or before the
-                first); limits (see :class:`Members`); expected (peers, ours among them), shunned (peers that are not
-                averaged with), min_size, window, timeout (of the group).
+            args: round, state, covered, credit, bans, bits (the view); claim (packed, ours); delta (digest of the
+                encoded one); reference (digest of the encoded last aggregate, None where the rule needs none or before
+                the first); limits (see :class:`Members`); expected (peers, ours among them), shunned (peers that are
+                not averaged with), min_size, window, timeout (of the group).
 
         Returns:
             group, members (packed claims), receipts (packed), average (digest of the encoded result).

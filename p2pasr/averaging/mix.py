@@ -26,7 +26,7 @@ from p2pasr.peers.streams import Stream, patience
 from p2pasr.peers.streams import field as field_of
 from p2pasr.protocol import mixing
 from p2pasr.protocol.cohorts import Cohort
-from p2pasr.protocol.encoding import DIGEST_BYTES, blob_digest, digest
+from p2pasr.protocol.encoding import DIGEST_BYTES, blob_digest, digest, pack
 from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, PartReceipt, Receipt, Signed, seal, unseal
 from p2pasr.protocol.mixing import MAX_LEDGER_BYTES, Ledger
 from p2pasr.protocol.signing import short
@@ -68,6 +68,15 @@ def shares_of(parts: int, peers: Collection[str], name: bytes) -> dict[str, list
         free = [peer for peer, share in shares.items() if len(share) < most]
         shares[min(free, key=lambda peer: digest("mix-share", place + peer.encode()))].append(index)
     return shares
+
+
+def share_name(name: bytes, indices: Iterable[int]) -> bytes:
+    """Names a share of a mix: 32 bytes. Under one such name all honest members state the same results.
+
+    Args:
+        name: the mix.
+    """
+    return digest("mix-share-name", name + pack(sorted(indices)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +145,7 @@ class Session:
 
 
 class MixExchange:
-    """The service. Calls: `offer`, see :meth:`_call_offer`; `mix`, see :meth:`_call_mix`."""
+    """The service. Calls: `contribute`, see :meth:`_call_contribute`; `mix`, see :meth:`_call_mix`."""
 
     def __init__(self) -> None:
         self._host: Host
@@ -149,7 +158,7 @@ class MixExchange:
         self._host = host
         await host.serve("mix-parts", self._serve_parts)
         await host.serve("mix-results", self._serve_results)
-        host.calls["offer"] = self._call_offer
+        host.calls["contribute"] = self._call_contribute
         host.calls["mix"] = self._call_mix
         host.at_stop.append(self._stop)
 
@@ -161,7 +170,7 @@ class MixExchange:
 
     # --- calls of the training process --------------------------------------------------------------
 
-    async def _call_offer(self, args: dict[str, Any]) -> dict[str, Any]:
+    async def _call_contribute(self, args: dict[str, Any]) -> dict[str, Any]:
         """Give this cohort's delta to others from now on, in the place of the one before.
 
         Args:
@@ -351,10 +360,8 @@ class MixExchange:
                 results[index] = blob_digest(data)
             receipt = unseal(await stream.receive_frame(MAX_RECEIPT_BYTES), Receipt, MAX_RECEIPT_BYTES)
         stated = {part.index: part.result for part in receipt.message.parts}
-        if (receipt.message.peer, receipt.message.group) != (
-            mate,
-            session.name,
-        ) or not results.items() <= stated.items():
+        signed = receipt.message.peer, receipt.message.group
+        if signed != (mate, share_name(session.name, stated)) or not results.items() <= stated.items():
             raise Reject(f"the results of {short(mate)} are not those that its receipt states")
         return receipt
 
@@ -407,7 +414,7 @@ class MixExchange:
             peer=self._host.peer,
             round=session.round,
             state=session.state,
-            group=session.name,
+            group=share_name(session.name, session.results),
             members=tuple(source.state for source in session.sources),
             parts=tuple(PartReceipt(index, everybody, result) for index, result in lines),
         )

@@ -92,21 +92,22 @@ class Records:
         """State this peer's view of a mix; replaces what it stated before."""
         self._link.announce("mix", "mix", _scope(cohort, mix.message.round), mix.pack(), MIX_TTL)
 
-    def announce_audit(self, audit: Signed[Audit]) -> None:
+    def announce_audit(self, audit: Signed[Audit], cohort: Cohort) -> None:
         """Publish what this peer found when it checked a round."""
-        self._link.announce("audit", "audit", str(audit.message.round), audit.pack(), AUDIT_TTL, wait=False)
+        scope = _scope(cohort, audit.message.round)
+        self._link.announce("audit", "audit", scope, audit.pack(), AUDIT_TTL, wait=False)
 
-    def audits(self, round_number: int) -> dict[str, Signed[Audit]]:
-        """What others found when they checked a round."""
-        return self._read("audit", str(round_number), Audit, self._check_run)
+    def audits(self, cohort: Cohort, number: int) -> dict[str, Signed[Audit]]:
+        """What members of a cohort found when they checked a round."""
+        return self._read("audit", cohort, Audit, self._check_run, number)
 
-    def announce_accusation(self, accusation: Signed[Accusation]) -> None:
+    def announce_accusation(self, accusation: Signed[Accusation], cohort: Cohort) -> None:
         """Publish where the proofs that this peer holds can be had; replaces what it said before."""
-        self._link.announce("accusation", "accusation", "all", accusation.pack(), ACCUSATION_TTL, wait=False)
+        self._link.announce("accusation", "accusation", cohort.name, accusation.pack(), ACCUSATION_TTL, wait=False)
 
-    def accusations(self) -> dict[str, Signed[Accusation]]:
-        """Where others say that proofs can be had."""
-        found = self._read("accusation", "all", Accusation, self._check_run)
+    def accusations(self, cohort: Cohort) -> dict[str, Signed[Accusation]]:
+        """Where others of a cohort say that proofs can be had."""
+        found = self._read("accusation", cohort, Accusation, self._check_run)
         found.pop(self.peer, None)
         return found
 

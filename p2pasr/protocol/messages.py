@@ -310,7 +310,6 @@ class Mix:
     chosen: Digest
 
 
-
 Message = Roster | Claim | Attestation | Receipt | Commitment | Audit | Accusation | Mix
 M = TypeVar("M", bound=Message)
 

@@ -36,11 +36,13 @@ class Ledger:
         epoch: its epoch.
         covered: hex digest of a shard → merged claims that named it in that epoch, since the common state.
         credit: peer → seconds of audio of its claims that were merged since then.
+        bans: peer → the round, since then, in which it was banned.
     """
 
     epoch: int
     covered: Mapping[str, int]
     credit: Mapping[str, float]
+    bans: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -51,7 +53,7 @@ class Ledger:
         """Its bytes; shards are named by their place in the manifest."""
         counts = [(place, self.covered.get(shard.digest, 0)) for place, shard in enumerate(manifest.shards)]
         covered = [pair for pair in counts if pair[1]]
-        return pack({"covered": covered, "credit": dict(self.credit), "epoch": self.epoch})
+        return pack({"bans": dict(self.bans), "covered": covered, "credit": dict(self.credit), "epoch": self.epoch})
 
     @classmethod
     def unpack(cls, data: bytes, manifest: RunManifest, cohort: Cohort, rounds: int) -> Ledger:
@@ -65,9 +67,9 @@ class Ledger:
         """
         content = unpack(data, MAX_LEDGER_BYTES)
         who = f"the ledger of cohort {cohort.name}"
-        if not isinstance(content, dict) or content.keys() != {"covered", "credit", "epoch"}:
-            raise Reject(f"{who} is not {{covered, credit, epoch}}")
-        covered, credit, epoch = content["covered"], content["credit"], content["epoch"]
+        if not isinstance(content, dict) or content.keys() != {"bans", "covered", "credit", "epoch"}:
+            raise Reject(f"{who} is not {{bans, covered, credit, epoch}}")
+        covered, credit, epoch, bans = content["covered"], content["credit"], content["epoch"], content["bans"]
         if type(epoch) is not int or not 0 <= epoch <= 1 << 31 or not isinstance(covered, tuple):
             raise Reject(f"{who} is malformed")
         if not all(_is_count(pair, len(manifest.shards)) for pair in covered):
@@ -76,9 +78,12 @@ class Ledger:
             raise Reject(f"{who} counts a shard twice, or out of order")
         if not isinstance(credit, dict) or not all(map(_is_credit, credit.values())):
             raise Reject(f"{who} credits something that is no time")
-        if not all(cohort.has(manifest.run_id, peer) for peer in credit):
-            raise Reject(f"{who} credits peers of another cohort")
-        ledger = cls(epoch, {manifest.shards[place].digest: count for place, count in covered}, credit)
+        if not isinstance(bans, dict) or not all(type(number) is int and number >= 0 for number in bans.values()):
+            raise Reject(f"{who} bans peers in something that is no round")
+        run = manifest.run_id
+        if not all(cohort.has(run, peer) for peer in (*credit, *bans)):
+            raise Reject(f"{who} is about peers of another cohort")
+        ledger = cls(epoch, {manifest.shards[place].digest: count for place, count in covered}, credit, bans)
         if ledger.seconds > 1.001 * rounds * manifest.most_seconds_per_group:
             raise Reject(f"{who} has {ledger.seconds:.0f} s of audio, which {rounds} rounds of a group cannot hold")
         return ledger
@@ -93,6 +98,7 @@ def ledger_since(state: State, common: State) -> Ledger:
         state.epoch,
         {shard: count for shard, count in covered.items() if count > 0},
         {peer: seconds for peer, seconds in credit.items() if seconds > 0},
+        {peer: number for peer, number in state.bans.items() if peer not in common.bans},
     )
 
 
@@ -155,6 +161,7 @@ def mixed(
         epoch=epoch,
         covered=covered,
         credit=_credited(common.credit, ledgers),
+        bans=_banned(common.bans, ledgers),
         bits=bits_for(peers, section.max_group, manifest.rounds.min_peers, common.bits),
     )
 
@@ -186,6 +193,7 @@ def caught_up(state: State, common: State, after: State, manifest: RunManifest) 
         epoch=epoch,
         covered=covered,
         credit=_credited(after.credit, [ledger]),
+        bans=_banned(after.bans, [ledger]),
         common=after.digest,
     )
 
@@ -196,6 +204,12 @@ def _credited(credit: Mapping[str, float], ledgers: Iterable[Ledger]) -> dict[st
         for peer in sorted(ledger.credit):
             earned[peer] = earned.get(peer, 0.0) + ledger.credit[peer]
     return earned
+
+
+def _banned(bans: Mapping[str, int], ledgers: Iterable[Ledger]) -> dict[str, int]:
+    """A peer that its own cohort has banned is banned everywhere."""
+    fresh = {peer: number for ledger in ledgers for peer, number in ledger.bans.items()}
+    return dict(sorted({**fresh, **bans}.items()))
 
 
 # --- agreement ------------------------------------------------------------------------------------

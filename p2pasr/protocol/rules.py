@@ -73,9 +73,11 @@ def check_claim(claim: Claim, view: RoundView) -> None:
     # C6 Who was banned takes no part any more.
     if claim.peer in view.bans:
         raise Ignore(f"{short(claim.peer)} was banned in round {view.bans[claim.peer]}")
-    # C7 It speaks against others, each once, in order, and not against those who are out already.
+    # C7 It speaks against others of its cohort, each once, in order, and not against those who are out already.
     if list(claim.against) != sorted(set(claim.against) - {claim.peer} - view.bans.keys()):
         raise Reject(f"{who} speaks against peers out of order, twice, or in vain")
+    if not all(view.cohort.has(view.run, peer) for peer in claim.against):
+        raise Reject(f"{who} speaks against peers of another cohort")
     # C8 The run may admit listed peers only.
     if not view.manifest.admits(claim.peer):
         raise Ignore(f"{short(claim.peer)} is not among the peers that this run admits")

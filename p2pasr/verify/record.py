@@ -112,7 +112,7 @@ class MixRecord:
     Attributes:
         before, after: digests of the cohort's states before and after the mix.
         next_round: the round that begins with the state after it.
-        covered, credit, bits: as in that state.
+        covered, credit, bans, bits: as in that state.
         attestations: those for `after` that were seen when the mix was committed.
     """
 
@@ -123,6 +123,7 @@ class MixRecord:
     next_round: int
     covered: dict[str, int]
     credit: dict[str, float]
+    bans: dict[str, int]
     bits: int
     attestations: tuple[Signed[Attestation], ...]
 
@@ -162,6 +163,7 @@ class _PackedMix(BaseModel):
     next_round: Round
     covered: dict[str, int]
     credit: dict[str, float]
+    bans: dict[str, int]
     bits: Annotated[int, Ge(0), Le(MAX_BITS)]
     attestations: tuple[bytes, ...]
 

@@ -88,7 +88,7 @@ class Crowd:
         half = self.half(peer)
         delta = self.hosts[peer].store.put("delta", *(parts or encoded(half)))
         args = {"round": 8, "cohort": (1, half), "delta": delta, "ledger": LEDGERS[half].pack(MANIFEST)}
-        return (await self.hosts[peer].calls["offer"](args))["root"]
+        return (await self.hosts[peer].calls["contribute"](args))["root"]
 
     def half(self, peer: str) -> int:
         return cohort_of(RUN, peer, 1).index
@@ -197,11 +197,11 @@ def test_a_ledger_that_credits_strangers_ends_the_mix(tmp_path: Path) -> None:
         host = crowd.hosts[peer]
         delta = host.store.put("delta", *encoded(1))
         lie = Ledger(0, {}, LEDGERS[0].credit).pack(MANIFEST)
-        crowd.roots[1] = (await host.calls["offer"]({"round": 8, "cohort": (1, 1), "delta": delta, "ledger": lie}))[
-            "root"
-        ]
+        crowd.roots[1] = (
+            await host.calls["contribute"]({"round": 8, "cohort": (1, 1), "delta": delta, "ledger": lie})
+        )["root"]
         crowd.halves[1] = [peer]
-        with pytest.raises(Reject, match="credits peers of another cohort"):
+        with pytest.raises(Reject, match="is about peers of another cohort"):
             await crowd.mix(crowd.halves[0][0])
 
     in_a_crowd(tmp_path, story)
@@ -263,7 +263,7 @@ def test_a_delta_that_is_gone_cannot_be_offered(tmp_path: Path) -> None:
     async def story(crowd: Crowd) -> None:
         args = {"round": 8, "cohort": (1, 0), "delta": digest_of("nothing"), "ledger": b""}
         with pytest.raises(LocalError, match="is not in"):
-            await crowd.hosts[crowd.halves[0][0]].calls["offer"](args)
+            await crowd.hosts[crowd.halves[0][0]].calls["contribute"](args)
 
     in_a_crowd(tmp_path, story)
 

@@ -178,13 +178,27 @@ def test_a_ledger_survives_its_bytes(index: int) -> None:
         ({"credit": {HALVES[0][0].peer: 1}}, "no time"),
         ({"credit": {HALVES[1][0].peer: 1.0}}, "another cohort"),
         ({"credit": {HALVES[0][0].peer: 1e9}}, "cannot hold"),
-        ({"more": 1}, "is not {covered, credit, epoch}"),
+        ({"bans": {HALVES[0][0].peer: -1}}, "no round"),
+        ({"bans": {HALVES[0][0].peer: 1.0}}, "no round"),
+        ({"bans": {HALVES[1][0].peer: 1}}, "another cohort"),
+        ({"more": 1}, "is not {bans, covered, credit, epoch}"),
     ],
 )
 def test_a_ledger_that_cannot_be_is_refused(change: dict[str, Any], sentence: str) -> None:
     content = {**unpack(LEDGERS[0].pack(MANIFEST), 1 << 20), **change}
     with pytest.raises(Reject, match=sentence):
         Ledger.unpack(pack(content), MANIFEST, Cohort(1, 0), 4)
+
+
+def test_whom_a_cohort_bans_is_banned_everywhere_from_the_mix_on() -> None:
+    bad = HALVES[1][0].peer
+    banned = dataclasses.replace(STATES[1], bans={bad: 1})
+    ledger = mixing.ledger_since(banned, COMMON)
+    assert Ledger.unpack(ledger.pack(MANIFEST), MANIFEST, Cohort(1, 1), 4) == ledger
+    after = mixing.mixed(COMMON, MANIFEST, 4, [], [LEDGERS[0], ledger], DELTA)
+    assert after.bans == {bad: 1}
+    assert mixing.ledger_since(dataclasses.replace(after, common=after.digest), after).bans == {}
+    assert mixing.caught_up(banned, COMMON, WITHOUT, MANIFEST).bans == {bad: 1}
 
 
 def test_no_cohort_weighs_more_than_the_cap_allows() -> None:

@@ -101,7 +101,13 @@ def crowded(onwards: int) -> tuple[State, list[RoundRecord | MixRecord]]:
             further = min(onwards, 8 - state.round)
             after = dataclasses.replace(state, round=state.round + further, parent=digest_of("many"), common=bytes(32))
             seen = vouched(after, (digest_of("the mixed state"), state.digest, *line)[2 - further :])
-            fields = {"covered": after.covered, "credit": after.credit, "bits": after.bits, "attestations": seen}
+            fields = {
+                "covered": after.covered,
+                "credit": after.credit,
+                "bans": {},
+                "bits": after.bits,
+                "attestations": seen,
+            }
             records.append(MixRecord(CROWD.run_id, state.round, state.digest, after.digest, after.round, **fields))
         else:
             claims = [make_claim(who, CROWD, state, shards=shards_of(who.peer, state)) for who in HALF]
