@@ -35,9 +35,15 @@ def _streaming(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _swarm(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    if arguments.simulate:
+        from benchmarks import simulation
+
+        return [
+            asdict(row) for row in simulation.measure(arguments.peers or [16, 64, 250, 1000], arguments.rounds or 25)
+        ]
     from benchmarks.swarm import measure
 
-    return [asdict(row) for row in measure(arguments.peers, arguments.rounds)]
+    return [asdict(row) for row in measure(arguments.peers or [1, 2, 4], arguments.rounds or 4)]
 
 
 def _convergence(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -89,9 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     streaming.set_defaults(run=_streaming, title="a delta through a round: megabytes beyond the model")
 
     swarm = kinds.add_parser("swarm", help="time to the first step, share of time training, bytes a round")
-    swarm.add_argument("--peers", type=int, nargs="+", default=[1, 2, 4])
-    swarm.add_argument("--rounds", type=int, default=4)
-    swarm.set_defaults(run=_swarm, title="the demo's run by real peers that share this machine")
+    swarm.add_argument("--peers", type=int, nargs="+", help="default: 1 2 4; simulated: 16 64 250 1000")
+    swarm.add_argument("--rounds", type=int, help="default: 4; simulated: 25")
+    swarm.add_argument("--simulate", action="store_true", help="a swarm of any size, without network and training")
+    swarm.set_defaults(run=_swarm, title="the run by real peers that share this machine, or by simulated ones")
 
     convergence = kinds.add_parser("convergence", help="the same work by three peers and by one (about 12 minutes)")
     convergence.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -154,6 +154,7 @@ class _Ours:
             "covered": {},
             "credit": {},
             "bans": {},
+            "bits": 0,
             "claim": seal(identity, claim).pack(),
             "delta": delta,
             "reference": None,

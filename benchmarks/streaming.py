@@ -25,7 +25,6 @@ from p2pasr.averaging import outer
 from p2pasr.averaging.codec import Decoded, Layout
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.round import Member, write_delta
-from p2pasr.tasks.base import Checkpoint
 
 WIDTH = 1024
 VOCABULARY = 51_865
@@ -65,7 +64,7 @@ def _measure(values: int, peers: int, codec: str) -> Row:
         for index in range(peers):
             after = _trained(before, index)
             with _Peak(None) as peak:
-                encoded = write_delta(_member(swarm, index, before), Checkpoint(after))
+                encoded = write_delta(_member(swarm, index, before), before.params, after)
             commit_peaks.append(peak.bytes)
             commit_seconds.append(peak.seconds)
             calls.append(swarm.call(index, 0, encoded.digest, encoded.parts, encoded.norm))

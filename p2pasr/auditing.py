@@ -52,7 +52,7 @@ from p2pasr.verify.evidence import (
     unpack_proof,
 )
 from p2pasr.verify.openings import prove_part
-from p2pasr.verify.record import RoundRecord
+from p2pasr.verify.record import RoundRecord, read_record
 
 if TYPE_CHECKING:
     from p2pasr.round import Member
@@ -132,7 +132,7 @@ def check_last_round(member: Member) -> int:
         audit = Audit(member.state.run, member.peer, record.round, record.after, tuple(findings[:MAX_FINDINGS]))
         signed = seal(member.identity, audit)
         member.journal.note_audit(record.round, signed.pack())
-        member.records.announce_audit(signed)
+        member.records.announce_audit(signed, member.cohort)
     return done
 
 
@@ -141,8 +141,10 @@ def _is_settled(member: Member, peer: str) -> bool:
 
 
 def _record(member: Member, number: int) -> RoundRecord | None:
+    """What this peer kept of a round that it took part in; None of one that mixed cohorts."""
     packed = member.journal.read_record(number) if number >= 0 else None
-    return None if packed is None else RoundRecord.unpack(packed)
+    record = None if packed is None else read_record(packed)
+    return record if isinstance(record, RoundRecord) else None
 
 
 def _tell(member: Member, finding: Finding, what: str, began: float) -> Finding:
@@ -348,7 +350,8 @@ def convict(member: Member, proof: Proof, sentence: str) -> None:
     member.proved.add(proof.accused)
     member.charges[proof.accused] = Charge(proof.accused, digest, len(packed))
     charges = tuple(list(member.charges.values())[-MAX_AGAINST:])
-    member.records.announce_accusation(seal(member.identity, Accusation(member.state.run, member.peer, charges)))
+    accusation = seal(member.identity, Accusation(member.state.run, member.peer, charges))
+    member.records.announce_accusation(accusation, member.cohort)
     member.report.emit(
         "evidence", f"{sentence}; the proof is {path}", peer=proof.accused, kind=proof.kind, path=str(path)
     )
@@ -360,7 +363,7 @@ def hear(member: Member) -> None:
     Whoever accused somebody without proof is not heard again.
     """
     try:
-        accusations = member.records.accusations()
+        accusations = member.records.accusations(member.cohort)
     except TransportError as error:  # what was trained meanwhile is not lost for it
         member.report.warn(f"whether anybody holds a proof is not known: {error}")
         return

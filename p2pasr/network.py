@@ -13,6 +13,7 @@ import sys
 import uvloop
 
 from p2pasr.averaging.allreduce import AllReduce
+from p2pasr.averaging.mix import MixExchange
 from p2pasr.peers.channel import read_frame
 from p2pasr.peers.config import LinkConfig, NodeConfig
 from p2pasr.peers.exchange import BlobExchange
@@ -29,7 +30,7 @@ def main() -> None:
         return
     values = first["config"]
     config = LinkConfig(**{**values, "node": NodeConfig(**values["node"])})
-    uvloop.run(run_host(config, channel, [BlobExchange(), AllReduce(), Openings()]))
+    uvloop.run(run_host(config, channel, [BlobExchange(), AllReduce(), MixExchange(), Openings()]))
 
 
 if __name__ == "__main__":

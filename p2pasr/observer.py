@@ -31,7 +31,7 @@ from p2pasr.protocol.messages import Attestation, Claim, Finding, Signed
 from p2pasr.protocol.rules import RoundView
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import parse_state
-from p2pasr.round import Member
+from p2pasr.round import Member, attestations_around
 from p2pasr.verify.record import MAX_RECORD_BYTES, RoundRecord, check_record
 
 POLL_SECONDS: Final = 1.0
@@ -85,7 +85,7 @@ def watch(member: Member, first: int, last: int, rate: float) -> Iterator[Look]:
     done: set[int] = set()
     heard = time.monotonic()
     while time.monotonic() < heard + PATIENCE_SECONDS:
-        line = line_of([signed.message for signed in member.records.attestations(member.manifest).values()])
+        line = line_of([signed.message for signed in attestations_around(member).values()])
         if line is None:
             member.report.wait("nobody attests a state of this run now")
             time.sleep(POLL_SECONDS)

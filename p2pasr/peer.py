@@ -265,8 +265,9 @@ class Peer:
         deadline = time.monotonic() + LINGER_SECONDS
         with contextlib.suppress(P2pasrError):
             while time.monotonic() < deadline:
-                attested = {p: s.message.round for p, s in member.records.attestations(member.manifest).items()}
-                behind = [p for p in member.records.roster() if attested.get(p, 0) < member.state.round]
+                seen = member.records.attestations(member.manifest, member.cohort)
+                attested = {peer: signed.message.round for peer, signed in seen.items()}
+                behind = [p for p in member.records.roster(member.cohort) if attested.get(p, 0) < member.state.round]
                 if not behind:
                     break
                 self.report.wait(f"staying for {len(behind)} peers that do not hold round {member.state.round} yet")

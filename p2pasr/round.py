@@ -1,5 +1,8 @@
 """One round, told from top to bottom: sync → assign → train → commit → average → apply → attest → audit.
 
+A swarm that is too large for one group goes through its rounds in cohorts, and every so often a round
+is a mix of them instead: sync → contribute → agree on a mix → exchange → attest.
+
 Every step is a function of this file that calls into its room. Whatever fails before a round is
 committed leaves the state untouched, and says why.
 """
@@ -7,10 +10,11 @@ committed leaves the state untouched, and says why.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import sqrt
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -30,8 +34,9 @@ from p2pasr.peers.journal import Journal, Pending
 from p2pasr.peers.link import Link
 from p2pasr.peers.records import Records
 from p2pasr.peers.streams import patience
+from p2pasr.protocol import mixing
 from p2pasr.protocol.agreement import Agreement, quorum, result_of
-from p2pasr.protocol.assignment import assign
+from p2pasr.protocol.cohorts import EVERYBODY, MAX_BITS, Cohort, cohort_of
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import (
@@ -41,6 +46,7 @@ from p2pasr.protocol.messages import (
     Attestation,
     Charge,
     Claim,
+    Mix,
     Receipt,
     Roster,
     Signed,
@@ -48,16 +54,19 @@ from p2pasr.protocol.messages import (
     seal,
     unseal,
 )
+from p2pasr.protocol.mixing import NO_CHOICE, Ledger, Part, Tally
 from p2pasr.protocol.rules import RoundView
 from p2pasr.protocol.signing import short
-from p2pasr.protocol.state import State, advance, remember
+from p2pasr.protocol.state import State, advance, mix_due, parse_state, remember
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.report import Report
 from p2pasr.tasks.base import Bounded, Checkpoint, OnStep, SegmentPlan, Task
 from p2pasr.verify.conflict import Conflict, contradict
 from p2pasr.verify.evidence import ConflictProof
-from p2pasr.verify.record import RoundRecord, check_record, in_every_part
+from p2pasr.verify.record import MixRecord, RoundRecord, check_record, in_every_part
 from p2pasr.verify.trace import Trace, retain_traces
+
+T = TypeVar("T")
 
 FIRST_POLL_SECONDS: Final = 0.05
 POLL_SECONDS: Final = 0.5
@@ -89,6 +98,10 @@ ATTEMPTS: Final = 3
 SLACK: Final = 1.01
 """How much further than the task's bound a value may have moved: the optimizer's own arithmetic is rounded too."""
 
+LOOKS_AT_ONCE: Final = 8
+"""How many places of the directory are read at a time."""
+
+CONTRIBUTE_SECONDS: Final = 120.0
 STATUS_SECONDS: Final = 20.0
 
 
@@ -101,6 +114,7 @@ class Member:
         state: what this peer holds; replaced only by a committed round or by the state that holds.
         lineage: digests of the states that `state` grew from, the newest first, as far as they are known.
         attested: this peer's current attestation, None before its first.
+        attested_in: the cohort that can see it.
         unsettled: what this peer made of the round and attests, while not enough others do.
         fresh: whether it fetched or loaded its state instead of taking part in the round before.
         closes_at: when this peer's training of the round ends at the latest, seconds since 1970.
@@ -127,6 +141,7 @@ class Member:
     client_mode: bool = False
     lineage: tuple[bytes, ...] = field(default=(), init=False)
     attested: Signed[Attestation] | None = None
+    attested_in: Cohort = EVERYBODY
     unsettled: Result | None = None
     fresh: bool = True
     closes_at: float = 0.0
@@ -143,7 +158,7 @@ class Member:
 
     def __post_init__(self) -> None:
         self.lineage = self.line_to(self.state)
-        self._view = _view(self.manifest, self.state)
+        self._view = _view(self.manifest, self.state, self.cohort)
 
     @property
     def peer(self) -> str:
@@ -151,18 +166,27 @@ class Member:
         return self.identity.peer
 
     @property
+    def cohort(self) -> Cohort:
+        """The part of the swarm that this peer goes through its rounds with."""
+        return cohort_of(self.state.run, self.peer, self.state.bits)
+
+    @property
     def view(self) -> RoundView:
         """What the rules judge this round's records against."""
         if self._view.state != self.state.digest:
-            self._view = _view(self.manifest, self.state)
+            self._view = _view(self.manifest, self.state, self.cohort)
         return self._view
 
     def line_to(self, state: State) -> tuple[bytes, ...]:
         """Digests of the states that a state grew from, the newest first, as far as they are known here."""
         if state.digest == self.state.digest and self.lineage:
             return self.lineage
-        if state.parent == self.state.digest:
-            return (self.state.digest, *self.lineage)[:MAX_ANCESTORS]
+        line = (self.state.digest, *self.lineage)
+        rounds = state.round - self.state.round
+        if state.parent == self.state.digest or (rounds == 1 and mix_due(self.state, self.manifest)):
+            return line[:MAX_ANCESTORS]  # a mixed state names no single one that it grew from
+        if rounds == 2 and mix_due(self.state, self.manifest):
+            return (state.parent, *line)[:MAX_ANCESTORS]
         return (state.parent,) if state.round > 0 else ()
 
     def in_our_round(self, roster: Mapping[str, Roster]) -> dict[str, Roster]:
@@ -186,7 +210,8 @@ class Member:
                 hardware=self.task.hardware_class[:128],
                 version=__version__,
                 addresses=self.link.maddrs[:8],
-            )
+            ),
+            self.cohort,
         )
 
     def step(self, name: str, message: str) -> None:
@@ -194,8 +219,9 @@ class Member:
         self.report.emit("step", message, step=name, round=self.state.round, state=self.state.digest)
 
 
-def _view(manifest: RunManifest, state: State) -> RoundView:
-    return RoundView(manifest, state.run, state.round, state.digest, state.covered, state.credit, state.bans)
+def _view(manifest: RunManifest, state: State, cohort: Cohort) -> RoundView:
+    number, digest = state.round, state.digest
+    return RoundView(manifest, state.run, number, digest, state.covered, state.credit, state.bans, cohort)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,12 +245,18 @@ class Merged:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a peer made of a round: the next state, how it came about, and who must agree before it counts."""
+    """What a peer made of a round: the next state, and who must agree before it counts."""
 
     after: State
+    electorate: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Averaged(Result):
+    """The same of a round that was trained, with how it came about."""
+
     work: Work
     merged: Merged
-    electorate: frozenset[str]
 
 
 def run_round(member: Member) -> bool:
@@ -240,6 +272,11 @@ def run_round(member: Member) -> bool:
     """
     if sync(member):
         return True
+    if member.state.round >= member.manifest.rounds.rounds:
+        return False
+    check_admitted(member)
+    if mix_due(member.state, member.manifest):
+        return mix_cohorts(member)
     if not ready_to_train(member):
         return False
     work = resume(member)
@@ -265,8 +302,7 @@ def run_round(member: Member) -> bool:
             if overtaken(member):
                 return False
             continue
-        audit(member, result, attestations)
-        settle(member, result)
+        conclude(member, result, attestations)
         return True
     raise RoundFailed(f"round {member.state.round} was not averaged in {ATTEMPTS} attempts: {reasons[-1]}")
 
@@ -289,13 +325,12 @@ def sync(member: Member) -> bool:
         Whether our own result of the round was committed by that: its quorum came after we waited for it.
     """
     member.step("sync", f"round {member.state.round}: looking for the state that holds")
-    seen = attestations(member)
+    seen = attestations_around(member)
     late = member.unsettled
     if late is not None and agreeing(late, seen)[0]:
         member.unsettled = None
         member.report.emit("late", f"round {member.state.round}: enough peers attest its result by now")
-        audit(member, late, attesters(late, seen))
-        settle(member, late)
+        conclude(member, late, attesters(late, seen))
         return True
     agreement = what_holds(member, seen)
     if agreement is not None:
@@ -304,7 +339,8 @@ def sync(member: Member) -> bool:
         tell_what_is_left(member, agreement, votes)
         hold(member, syncing.adopt(member.link, member.store, member.manifest, member.like, agreement, votes))
         member.fresh = True
-    if member.attested is None or member.attested.message.at(member.state.round) != member.state.digest:
+    attested = member.attested is not None and member.attested.message.at(member.state.round) == member.state.digest
+    if not attested or member.attested_in != member.cohort:
         publish_attestation(member, member.state)
     return False
 
@@ -325,12 +361,49 @@ def tell_what_is_left(member: Member, agreement: Agreement, votes: Sequence[Atte
 
 
 def attestations(member: Member) -> dict[str, Signed[Attestation]]:
-    """What everybody attests now, this peer too if it has said anything since it started."""
-    seen = member.records.attestations(member.manifest)
-    seen = {peer: signed for peer, signed in seen.items() if peer not in member.state.bans}
-    if member.attested is not None:
-        seen[member.peer] = member.attested
+    """What everybody in our cohort attests now, this peer too if it has said anything since it started."""
+    return _with_ours(member, attested_in(member, member.cohort))
+
+
+def attested_in(member: Member, cohort: Cohort) -> dict[str, Signed[Attestation]]:
+    """What others attest in a cohort, but for those that are banned."""
+    seen = member.records.attestations(member.manifest, cohort)
+    return {peer: signed for peer, signed in seen.items() if peer not in member.state.bans}
+
+
+def attestations_around(member: Member) -> dict[str, Signed[Attestation]]:
+    """What everybody attests in the cohorts that this peer may belong to.
+
+    Others may have split or joined cohorts meanwhile: into how many is looked for near what this peer knows, and
+    everywhere by one that was away or sees nobody.
+    """
+    bits = member.state.bits
+    near = range(max(0, bits - 1), min(bits + 1, MAX_BITS) + 1)
+    seen = _with_ours(member, attestations_in(member, near))
+    if member.fresh or seen.keys() <= {member.peer}:
+        seen = _with_ours(member, attestations_in(member, range(MAX_BITS + 1)))
     return seen
+
+
+def attestations_in(member: Member, bits: Iterable[int]) -> dict[str, Signed[Attestation]]:
+    """What others attest in our cohorts of so many bits; of one that moved from one to the other, what is later."""
+    cohorts = [cohort_of(member.state.run, member.peer, number) for number in bits]
+    seen: dict[str, Signed[Attestation]] = {}
+    for found in at_once(lambda cohort: attested_in(member, cohort), cohorts):
+        for peer, signed in found.items():
+            if peer not in seen or seen[peer].message.round < signed.message.round:
+                seen[peer] = signed
+    return seen
+
+
+def at_once(read: Callable[[Cohort], T], cohorts: Sequence[Cohort]) -> list[T]:
+    """What is read of several cohorts, a few at a time: most of a look at the directory is waiting."""
+    with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+        return list(pool.map(read, cohorts))
+
+
+def _with_ours(member: Member, seen: dict[str, Signed[Attestation]]) -> dict[str, Signed[Attestation]]:
+    return seen if member.attested is None else seen | {member.peer: member.attested}
 
 
 def what_holds(member: Member, seen: dict[str, Signed[Attestation]]) -> Agreement | None:
@@ -348,10 +421,19 @@ def electorate(member: Member, votes: Sequence[Attestation]) -> set[str]:
     number, state = member.state.round, member.state.digest
     if not any(vote.at(number) == state and vote.at(number + 1) for vote in votes):
         return set()  # nobody says that the round is over
-    working = {p for p, r in member.in_our_round(member.records.roster()).items() if r.stage != "waiting"}
+    roster = member.records.roster(member.cohort)
+    working = {peer for peer, entry in member.in_our_round(roster).items() if entry.stage != "waiting"}
     if member.unsettled is not None or time.time() < member.closes_at + member.manifest.rounds.grace_seconds:
         working.add(member.peer)
-    return working | set(member.records.claims(member.view))
+    return working | takers(member)
+
+
+def takers(member: Member) -> set[str]:
+    """Who takes part in the round for all to see: those that claimed in it, or stated their part in its mix."""
+    if not mix_due(member.state, member.manifest):
+        return set(member.records.claims(member.view))
+    mixes = member.records.mixes(member.cohort, member.state.round)
+    return {peer for peer, signed in mixes.items() if signed.message.state == member.state.digest}
 
 
 def hold(member: Member, state: State) -> None:
@@ -364,7 +446,7 @@ def hold(member: Member, state: State) -> None:
     member.closes_at = 0.0
     member.shunned.clear()
     kept = sorted(member.journal.held().items())[-member.manifest.retention.state_rounds :]
-    member.store.retain("state", {digest for _, digest in kept})
+    member.store.retain("state", {digest for _, digest in kept} | {state.common})
 
 
 def overtaken(member: Member) -> bool:
@@ -381,11 +463,11 @@ def overtaken(member: Member) -> bool:
 # --- assign -------------------------------------------------------------------------------------
 
 
-def ready_to_train(member: Member) -> bool:
-    """Whether there are peers enough and the round is still at its beginning; waits a while for both.
+def check_admitted(member: Member) -> None:
+    """May this peer take part?
 
     Raises:
-        LocalError: this peer was banned, or is not admitted.
+        LocalError: it was banned, or is not admitted.
     """
     if not member.manifest.admits(member.peer):
         raise LocalError(
@@ -397,12 +479,16 @@ def ready_to_train(member: Member) -> bool:
             f"this peer was banned from the run in round {member.state.bans[member.peer]}: more than half of the "
             f"round's peers hold a proof that it cheated; see the run's evidence folder of any of them"
         )
+
+
+def ready_to_train(member: Member) -> bool:
+    """Whether there are peers enough and the round is still at its beginning; waits a while for both."""
     rounds = member.manifest.rounds
     started = time.monotonic()
     waiting = False
     pauses = between_looks()
     while True:
-        roster = member.records.roster()
+        roster = member.records.roster(member.cohort)
         here = member.in_our_round(roster)
         training = [r for r in here.values() if r.stage != "waiting"]
         begun = [r for r in training if r.segments > 0 or r.stage == "claimed"]
@@ -439,7 +525,7 @@ def ready_to_train(member: Member) -> bool:
 
 def assign_shards(member: Member) -> tuple[bytes, ...]:
     """This peer's shards for the round, fetched."""
-    shards = assign(member.manifest, member.state.digest, member.state.covered, member.peer)
+    shards = member.view.assigned(member.peer)
     member.step("assign", f"round {member.state.round}: {len(shards)} shards")
     fetch_shards(member, shards)
     return shards
@@ -526,7 +612,7 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
         LocalError: the delta is none that the task's optimizer can have made.
     """
     member.step("commit", f"round {member.state.round}: committing to the delta")
-    encoded = write_delta(member, end)
+    encoded = write_delta(member, member.state.params, end.params)
     check_moves(member, encoded.largest, len(losses))
     rounds = member.manifest.rounds
     steps = len(losses) * rounds.steps_per_segment
@@ -548,13 +634,19 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
             loss_before=losses[0],
             loss_after=losses[-1],
             hardware=member.task.hardware_class[:128],
-            against=tuple(sorted(member.proved - member.state.bans.keys())[:MAX_AGAINST]),
+            against=accused(member),
         ),
     )
     work = Work(claim, encoded.digest, tuple(trace.checkpoints))
     member.journal.pend(Pending(member.state.round, member.state.digest, claim.pack(), work.delta, work.checkpoints))
     publish_claim(member, work)
     return work
+
+
+def accused(member: Member) -> tuple[str, ...]:
+    """The peers of our cohort that are proved to cheat and are not banned yet."""
+    proved = member.proved - member.state.bans.keys()
+    return tuple(sorted(peer for peer in proved if member.cohort.has(member.state.run, peer))[:MAX_AGAINST])
 
 
 @dataclass(frozen=True, slots=True)
@@ -574,10 +666,10 @@ class Encoded:
     largest: float
 
 
-def write_delta(member: Member, end: Checkpoint) -> Encoded:
+def write_delta(member: Member, start: Tensors, end: Tensors) -> Encoded:
     """Encode what training changed into a blob, part by part."""
     layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
-    before, after = Flat(member.state.params), Flat(end.params)
+    before, after = Flat(start), Flat(end)
     digests: list[bytes] = []
     squares = largest = 0.0
     member.store.make_room(layout.total_bytes)
@@ -647,7 +739,7 @@ def resume(member: Member) -> Work | None:
 
 def publish_claim(member: Member, work: Work) -> None:
     """Put the claim into the directory."""
-    member.records.announce_claim(work.claim)
+    member.records.announce_claim(work.claim, member.cohort)
     member.say("claimed", segments=work.claim.message.segments)
 
 
@@ -665,7 +757,7 @@ def wait_for_claims(member: Member) -> set[str] | None:
     alone_before = False
     pauses = between_looks()
     while True:
-        roster = member.records.roster()
+        roster = member.records.roster(member.cohort)
         here = member.in_our_round(roster)
         claims = set(member.records.claims(member.view)) - member.shunned
         ready = (claims & set(here)) | {member.peer}
@@ -705,6 +797,7 @@ def average(member: Member, work: Work, expected: set[str]) -> Merged:
         covered=dict(member.state.covered),
         credit=dict(member.state.credit),
         bans=dict(member.state.bans),
+        bits=member.state.bits,
         claim=work.claim.pack(),
         delta=work.delta,
         reference=store_reference(member),
@@ -739,7 +832,7 @@ def store_reference(member: Member) -> bytes | None:
 # --- apply --------------------------------------------------------------------------------------
 
 
-def apply(member: Member, work: Work, merged: Merged, expected: set[str]) -> Result:
+def apply(member: Member, work: Work, merged: Merged, expected: set[str]) -> Averaged:
     """The next state: the outer optimizer's step on the decoded average, the ledger over its claims.
 
     Raises:
@@ -755,7 +848,7 @@ def apply(member: Member, work: Work, merged: Merged, expected: set[str]) -> Res
         raise Reject("the average moves the parameters beyond what float32 holds")
     claims = [merged.members[position].message for position in in_every_part(merged.receipts)]
     after = advance(member.state, member.manifest, claims, params, moments)
-    return Result(after, work, merged, frozenset(expected | {claim.message.peer for claim in merged.members}))
+    return Averaged(after, frozenset(expected | {claim.message.peer for claim in merged.members}), work, merged)
 
 
 # --- attest -------------------------------------------------------------------------------------
@@ -787,12 +880,12 @@ def attest(member: Member, result: Result) -> tuple[Signed[Attestation], ...]:
         enough, reason = agreeing(result, seen)
         if enough:
             return attesters(result, seen)
-        if others and not compared:
+        if isinstance(result, Averaged) and others and not compared:
             compared = True
             compare_receipts(member, result)
         votes = [signed.message for signed in seen.values()]
         other = result_of(member.state.round, member.state.digest, votes, result.electorate)
-        if other is not None:
+        if other is not None and other.state != after.parent:  # a mix can lead on by two rounds
             raise TransportError(f"the round ended otherwise: {other.reason}")
         if time.monotonic() > deadline:
             raise TransportError(f"no quorum within {QUORUM_SECONDS:.0f} s: {reason}")
@@ -811,17 +904,15 @@ def rivals(member: Member, result: Result, seen: dict[str, Signed[Attestation]])
 
     These have a say too: groups that know nothing of each other could else each reach a quorum of their own.
     """
-    before, after = result.after.parent, result.after
-    votes = [signed.message for signed in seen.values()]
-    others = {
-        v.peer for v in votes if v.at(after.round - 1) == before and v.at(after.round) not in (None, after.digest)
-    }
+    before, after = member.state, result.after
+    votes = [v for v in (signed.message for signed in seen.values()) if v.at(before.round) == before.digest]
+    others = {v.peer for v in votes if v.at(after.round) not in (None, after.digest)}
     if others <= result.electorate:
         return others
-    return others & (result.electorate | member.records.claims(member.view).keys())
+    return others & (result.electorate | takers(member))
 
 
-def compare_receipts(member: Member, result: Result) -> None:
+def compare_receipts(member: Member, result: Averaged) -> None:
     """See whether a reducer told others something else than us, and keep the proof.
 
     Raises:
@@ -853,13 +944,292 @@ def publish_attestation(member: Member, state: State) -> None:
         member.identity,
         Attestation(state.run, member.peer, state.round, state.digest, member.line_to(state), float(state.work)),
     )
-    member.records.announce_attestation(member.attested)
+    member.attested_in = member.cohort
+    member.records.announce_attestation(member.attested, member.cohort)
+
+
+# --- mix ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """What our cohort brings to a mix; all of its members compute the same.
+
+    Attributes:
+        common: the state that all cohorts grew from.
+        root: Merkle root over the parts of the encoded delta from there, and the ledger.
+    """
+
+    common: State
+    root: bytes
+
+
+def mix_cohorts(member: Member) -> bool:
+    """Take part in a round that mixes the cohorts into one state.
+
+    Returns:
+        Whether a state was committed; otherwise the next call starts over from the state that holds by then.
+
+    Raises:
+        LocalError, TransportError: as :func:`run_round`.
+    """
+    reasons: list[str] = []
+    check_last_round(member)
+    member.closes_at = time.time() + member.manifest.rounds.max_seconds
+    for attempt in range(ATTEMPTS):
+        try:
+            ours = contribute(member)
+            tally = Tally(member.state.round, ours.common.digest, ours.common.round)
+            parts = agree_on_mix(member, ours, tally)
+            if parts is None:
+                return False
+            if member.cohort.index in {part.index for part in parts}:
+                after = exchange(member, ours, tally, parts, alone=attempt > 0)
+            else:
+                after = catch_up(member, ours, tally)
+            mates = tally.stated[member.cohort.index]
+            voters = {peer for peer, mix in mates.items() if mix.state == member.state.digest}
+            result = Result(after, frozenset(voters | {member.peer}))
+            seen = attest(member, result)
+        except (TransportError, RemoteError) as error:
+            reasons.append(str(error))
+            member.report.warn(f"round {member.state.round}: the cohorts are not mixed yet: {error}")
+            if overtaken(member):
+                return False
+            continue
+        conclude(member, result, seen)
+        return True
+    raise RoundFailed(f"round {member.state.round} was not mixed in {ATTEMPTS} attempts: {reasons[-1]}")
+
+
+def contribute(member: Member) -> Contribution:
+    """Encode what our cohort has learned since the last mix, and give it to others from now on."""
+    state, name = member.state, member.cohort.name
+    member.step("commit", f"round {state.round}: offering what cohort {name} has learned since the last mix")
+    member.say("mixing")
+    common = common_state(member)
+    encoded = write_delta(member, common.params, state.params)
+    root = member.link.call(
+        "contribute",
+        CONTRIBUTE_SECONDS,
+        round=state.round,
+        cohort=(state.bits, member.cohort.index),
+        delta=encoded.digest,
+        ledger=mixing.ledger_since(state, common).pack(member.manifest),
+    )["root"]
+    return Contribution(common, root)
+
+
+def common_state(member: Member) -> State:
+    """The state that all cohorts grew from; fetched by a peer that came later."""
+    digest = member.state.common
+    if member.store.find(digest) is None:
+        peers = member.records.roster(member.cohort)
+        return syncing.fetch_state(member.link, member.store, member.manifest, member.like, digest, peers)
+    return parse_state(member.store.get(digest), member.manifest, member.like)
+
+
+def agree_on_mix(member: Member, ours: Contribution, tally: Tally) -> tuple[Part, ...] | None:
+    """Wait until more than half of all peers want to mix the same cohorts.
+
+    A cohort that is late is waited for as long as a round may take.
+
+    Returns:
+        What these cohorts contribute; nothing if others have mixed without ours; None when our cohort has a result.
+    """
+    number, rounds = member.state.round, member.manifest.rounds
+    member.step("mix", f"round {number}: agreeing with the other cohorts on what is mixed")
+    mix = state_mix(member, stated_before(member, ours))
+    deadline = time.time() + rounds.max_seconds + rounds.grace_seconds
+    pauses = between_looks()
+    while True:
+        look_at_cohorts(member, tally)
+        decided, better = mixing.decide(tally.votes)
+        parts = None if decided is None else tally.named(decided)
+        if parts is not None:
+            return parts
+        if tally.result() is not None:
+            return ()
+        if mix.chosen == NO_CHOICE and (not tally.missing or time.time() > deadline):
+            mix = state_mix(member, _vote(mix, tally.parts, ours.common))
+        elif better is not None and (named := tally.named(better)) is not None and better != mix.chosen:
+            mix = state_mix(member, _vote(mix, named, ours.common))
+        if overtaken(member):
+            return None
+        late = f", {len(tally.missing)} cohorts are late" if tally.missing else ""
+        member.report.wait(
+            f"round {number}: {sum(map(any, tally.votes.values()))} of {len(tally.votes)} peers voted{late}"
+        )
+        time.sleep(next(pauses) * (1 << member.state.bits))
+
+
+def stated_before(member: Member, ours: Contribution) -> Mix:
+    """What this peer stated about this mix before it was killed or failed, for votes are final; at first, no vote."""
+    packed, state = member.journal.stated(), member.state
+    mix = Mix(
+        run=state.run,
+        peer=member.peer,
+        round=state.round,
+        state=state.digest,
+        common=ours.common.digest,
+        root=ours.root,
+        serves=not member.client_mode,
+        cohorts=(),
+        chosen=NO_CHOICE,
+    )
+    if packed is None:
+        return mix
+    before = unseal(packed, Mix).message
+    return before if replace(before, cohorts=(), chosen=NO_CHOICE) == mix else mix
+
+
+def _vote(mix: Mix, parts: tuple[Part, ...], common: State) -> Mix:
+    indices = tuple(part.index for part in parts)
+    return replace(mix, cohorts=indices, chosen=mixing.choice(common.digest, parts))
+
+
+def state_mix(member: Member, mix: Mix) -> Mix:
+    """Publish what this peer states about the mix, on disk first."""
+    signed = seal(member.identity, mix)
+    member.journal.state_mix(signed.pack())
+    member.records.announce_mix(signed, member.cohort)
+    return mix
+
+
+def look_at_cohorts(member: Member, tally: Tally) -> None:
+    """Read what cohorts state about the mix, and who is in those of which no part is agreed yet."""
+    number, bits = member.state.round, member.state.bits
+    missing = {*tally.missing, *(set(range(1 << bits)) - tally.attesters.keys())}
+
+    def read(cohort: Cohort) -> None:
+        if cohort.index in missing:
+            seen = attested_in(member, cohort)
+            seen = _with_ours(member, seen) if cohort == member.cohort else seen
+            tally.see_attestations(cohort.index, (signed.message for signed in seen.values()))
+        mixes = member.records.mixes(cohort, number)
+        counted = (peer for peer in mixes if peer not in member.state.bans and member.manifest.admits(peer))
+        tally.see_mixes(cohort.index, [mixes[peer].message for peer in counted])
+
+    at_once(read, [Cohort(bits, index) for index in range(1 << bits)])
+
+
+def exchange(member: Member, ours: Contribution, tally: Tally, parts: tuple[Part, ...], *, alone: bool) -> State:
+    """Mix the cohorts' deltas together with our mates, and apply the mean to the common state.
+
+    Args:
+        alone: whether this peer computes all of it by itself, because together it did not come to the same.
+    """
+    number, common = member.state.round, ours.common
+    member.step("average", f"round {number}: mixing {len(parts)} cohorts")
+    givers = {part.index: sorted(givers_of(tally, part)) for part in parts}
+    layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
+    answer = member.link.call(
+        "mix",
+        EXCHANGE_PATIENCE * patience((2 + len(parts)) * layout.total_bytes if alone else 4 * layout.total_bytes),
+        name=mixing.choice(common.digest, parts),
+        round=number,
+        since=common.round,
+        state=member.state.digest,
+        cohort=(member.state.bits, member.cohort.index),
+        sources=[(part.index, part.state, part.root, givers[part.index]) for part in parts],
+        mates=[member.peer] if alone else givers[member.cohort.index],
+    )
+    ledgers = [
+        Ledger.unpack(data, member.manifest, Cohort(member.state.bits, part.index), number - common.round)
+        for data, part in zip(answer["ledgers"], parts, strict=True)
+    ]
+    delta = Decoded(member.store.get(answer["average"]), layout, member.like)
+    after = mixing.mixed(common, member.manifest, number, [part.state for part in parts], ledgers, delta)
+    return _finite(after)
+
+
+def givers_of(tally: Tally, part: Part) -> set[str]:
+    """The members of a cohort that others can get its part from."""
+    stated = tally.stated[part.index].items()
+    return {peer for peer, mix in stated if mix.serves and (mix.state, mix.root) == (part.state, part.root)}
+
+
+def catch_up(member: Member, ours: Contribution, tally: Tally) -> State:
+    """What our cohort makes of a mix that others made without it.
+
+    Raises:
+        TransportError: they are not done yet.
+        Reject: what they attest is no mixed state.
+    """
+    number = member.state.round
+    deadline = time.monotonic() + GROUP_SECONDS
+    while (result := tally.result()) is None:
+        if time.monotonic() > deadline:
+            raise TransportError("others mix without this cohort, and have not attested a result yet")
+        time.sleep(POLL_SECONDS)
+        tally.attesters.clear()
+        look_at_cohorts(member, tally)
+    holders = [peer for peer, state in tally.results.items() if state == result]
+    member.report.wait(f"others have mixed without cohort {member.cohort.name}; fetching their state")
+    mixed = syncing.fetch_state(member.link, member.store, member.manifest, member.like, result, holders)
+    if mixed.round != number + 1 or not mixed.is_common:
+        raise Reject(f"state {result.hex()[:8]}, which others attest, is no mixed state")
+    return _finite(mixing.caught_up(member.state, ours.common, mixed, member.manifest))
+
+
+def _finite(state: State) -> State:
+    """The state, if all of its values are finite.
+
+    Raises:
+        Reject: they are not.
+    """
+    if not all(np.isfinite(value).all() for value in state.params.values()):
+        raise Reject("the mix moves the parameters beyond what float32 holds")
+    return state
+
+
+def settle_mix(member: Member, result: Result, seen: tuple[Signed[Attestation], ...]) -> None:
+    """A mix is committed: keep its record, hold its state, and say so."""
+    finished, cohort, after = member.state.round, member.cohort, result.after
+    record = MixRecord(
+        run=after.run,
+        round=finished,
+        before=member.state.digest,
+        after=after.digest,
+        next_round=after.round,
+        covered=after.covered,
+        credit=after.credit,
+        bans=after.bans,
+        bits=after.bits,
+        attestations=seen,
+    )
+    member.journal.record(finished, record.pack())
+    hold(member, after)
+    member.fresh = False
+    try:
+        offer(member)
+    except TransportError as error:  # the mix stands all the same; it is offered again before the next round
+        member.report.warn(f"what was claimed in the last rounds is not open to others: {error}")
+    member.report.emit(
+        "mix",
+        f"round {finished} is done: cohort {cohort.name} mixed with the others, state {after.digest.hex()[:8]}, "
+        f"{1 << after.bits} cohorts from now on",
+        round=finished,
+        state=after.digest,
+        cohort=cohort.name,
+        bits=after.bits,
+        work=after.work,
+    )
 
 
 # --- audit --------------------------------------------------------------------------------------
 
 
-def audit(member: Member, result: Result, seen: tuple[Signed[Attestation], ...]) -> None:
+def conclude(member: Member, result: Result, seen: tuple[Signed[Attestation], ...]) -> None:
+    """Enough peers attest a result: it is committed."""
+    if isinstance(result, Averaged):
+        audit(member, result, seen)
+        settle(member, result)
+    else:
+        settle_mix(member, result, seen)
+
+
+def audit(member: Member, result: Averaged, seen: tuple[Signed[Attestation], ...]) -> None:
     """Check the round's record once more as a stranger would, and keep it."""
     member.step("audit", f"round {member.state.round}: checking the round's record")
     merged = result.merged
@@ -879,7 +1249,7 @@ def audit(member: Member, result: Result, seen: tuple[Signed[Attestation], ...])
     member.journal.record(member.state.round, packed)
 
 
-def settle(member: Member, result: Result) -> None:
+def settle(member: Member, result: Averaged) -> None:
     """The round is committed: hold its state, keep what may be asked for, let the rest go, and say so."""
     finished, after, work = member.state.round, result.after, result.work
     hold(member, after)
@@ -890,7 +1260,8 @@ def settle(member: Member, result: Result) -> None:
     peers = [claim.message.peer for claim in result.merged.members]
     try:
         offer(member)
-        member.journal.remember_peers(tuple(a for r in member.records.roster().values() for a in r.addresses)[:32])
+        roster = member.records.roster(member.cohort)
+        member.journal.remember_peers(tuple(a for r in roster.values() for a in r.addresses)[:32])
         status = member.link.call("status", STATUS_SECONDS)
         member.traffic = {name: status[name] for name in member.traffic}
     except TransportError as error:  # the round stands all the same

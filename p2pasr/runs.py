@@ -19,7 +19,7 @@ from p2pasr.protocol.tensors import Tensors
 from p2pasr.speech.prepare import read_index
 from p2pasr.speech.shards import check_digest
 from p2pasr.verify.lineage import Checked, follow
-from p2pasr.verify.record import RoundRecord
+from p2pasr.verify.record import read_record
 
 
 def default_home() -> Path:
@@ -121,13 +121,14 @@ class SavedRun:
             LocalError: there are no records here, or one cannot be read.
         """
         try:
-            records = [RoundRecord.unpack(data) for data in Journal.read_records(self.folder)]
+            records = [read_record(data) for data in Journal.read_records(self.folder)]
         except Reject as error:
             raise LocalError(f"{self.folder / 'lineage'} is damaged ({error})") from error
         if not records:
             raise LocalError(f"{self.folder / 'lineage'} holds no record of a round yet")
-        for _, chain in itertools.groupby(enumerate(records), key=lambda item: item[1].round - item[0]):
-            linked = [record for _, record in chain]
+        gaps = [place for place in range(1, len(records)) if records[place].round != records[place - 1].next_round]
+        for begin, end in itertools.pairwise([0, *gaps, len(records)]):
+            linked = records[begin:end]
             first = linked[0].round
             before = start if first == 0 else self.state(first, start.params)
             yield from follow(self.manifest, before, linked, self._average)

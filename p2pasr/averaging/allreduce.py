@@ -15,9 +15,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 
@@ -27,18 +27,17 @@ from p2pasr.averaging.matchmaking import Matchmaker
 from p2pasr.averaging.merkle import Tree
 from p2pasr.averaging.partfile import PartFile
 from p2pasr.averaging.reducer import PartReducer
+from p2pasr.averaging.waiting import in_thread, soon
 from p2pasr.errors import LocalError, P2pasrError, Reject, TransportError
 from p2pasr.peers import streams
 from p2pasr.peers.blobs import file_digest
 from p2pasr.peers.host import Host
 from p2pasr.peers.streams import Stream, patience
+from p2pasr.protocol.cohorts import cohort_of
 from p2pasr.protocol.encoding import blob_digest, digest
-from p2pasr.protocol.manifest import RunManifest, parse_manifest
 from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Claim, PartReceipt, Receipt, Signed, seal, unseal
 from p2pasr.protocol.rules import RoundView, check_part, check_receipts
 from p2pasr.protocol.signing import short
-
-T = TypeVar("T")
 
 JOIN_SECONDS: Final = 20.0
 """How long a member of a group is waited for, and a group that a member names."""
@@ -127,7 +126,6 @@ class AllReduce:
     def __init__(self) -> None:
         self._host: Host
         self._matchmaker: Matchmaker
-        self._manifest: RunManifest | None = None
         self._sessions: dict[bytes, Session] = {}
         self._opened = asyncio.Condition()
         self._rates: dict[str, float] = {}
@@ -155,16 +153,18 @@ class AllReduce:
         """Find a group and average with it.
 
         Args:
-            args: round, state, covered, credit, bans (the view); claim (packed, ours); delta (digest of the encoded
-                one); reference (digest of the encoded last aggregate, None where the rule needs none or before the
-                first); limits (see :class:`Members`); expected (peers, ours among them), shunned (peers that are not
-                averaged with), min_size, window, timeout (of the group).
+            args: round, state, covered, credit, bans, bits (the view); claim (packed, ours); delta (digest of the
+                encoded one); reference (digest of the encoded last aggregate, None where the rule needs none or before
+                the first); limits (see :class:`Members`); expected (peers, ours among them), shunned (peers that are
+                not averaged with), min_size, window, timeout (of the group).
 
         Returns:
             group, members (packed claims), receipts (packed), average (digest of the encoded result).
         """
-        manifest, run = self._read_manifest(), self._host.run
-        view = RoundView(manifest, run, args["round"], args["state"], args["covered"], args["credit"], args["bans"])
+        manifest, run = self._host.manifest, self._host.run
+        cohort = cohort_of(run, self._host.peer, args["bits"])
+        round_of = args["round"], args["state"]
+        view = RoundView(manifest, run, *round_of, args["covered"], args["credit"], args["bans"], cohort)
         layout = Layout.of(view.manifest.parameters, view.manifest.averaging)
         claim = unseal(args["claim"], Claim)
         with contextlib.ExitStack() as files:
@@ -172,7 +172,7 @@ class AllReduce:
             reference = None
             if args["reference"] is not None:
                 reference = files.enter_context(await self._open_reference(args["reference"], layout))
-            digests = await _in_thread(_part_digests, delta)
+            digests = await in_thread(_part_digests, delta)
             if _delta_tree(claim.message).root(digests) != claim.message.delta_root:
                 raise LocalError("the stored delta is not the one this peer's claim commits to")
             schema = digest("group", view.run + view.round.to_bytes(8, "big") + view.state)
@@ -181,6 +181,7 @@ class AllReduce:
             reduces, expected = not self._host.config.node.client_mode, args["expected"]
             brought = Brought(claim, reduces, self._known_rates(expected), tuple(sorted(self._failed[1])[:MAX_KNOWN]))
             group = await self._matchmaker.find(
+                cohort=cohort,
                 schema=schema,
                 gather=brought.pack(),
                 expected=expected,
@@ -199,7 +200,7 @@ class AllReduce:
         except BaseException:
             self._matchmaker.mistrust(group)
             raise
-        average = await _in_thread(file_digest, session.average.path)
+        average = await in_thread(file_digest, session.average.path)
         if self._host.store.find(average) is None:
             self._host.store.make_room(layout.total_bytes)
             self._host.store.commit(session.average.path, average, "average", durable=False)
@@ -457,7 +458,7 @@ class AllReduce:
         if kept is None:
             raise Reject(f"{short(stream.peer)} asks for the results of a member that does not reduce")
         stream.timeout = self._patience(stream.peer, session.layout)
-        receipt = await _soon(kept, RESULT_PATIENCE * stream.timeout)
+        receipt = await soon(kept, RESULT_PATIENCE * stream.timeout)
         if receipt is None:
             raise TransportError("its results are not here either")
         await stream.send_frame(receipt.pack())
@@ -517,16 +518,11 @@ class AllReduce:
             TransportError: it was damaged on disk; the next attempt finds it written anew.
         """
         reference = self._open_parts(blob, layout)
-        if await _in_thread(file_digest, reference.path) != blob:
+        if await in_thread(file_digest, reference.path) != blob:
             reference.close()
             self._host.store.discard(blob)
             raise TransportError("the last round's aggregate was damaged on disk and has been removed")
         return reference
-
-    def _read_manifest(self) -> RunManifest:
-        if self._manifest is None:
-            self._manifest = parse_manifest(self._host.store.get(self._host.run))
-        return self._manifest
 
 
 async def _send_parts(stream: Stream, delta: PartFile, share: range) -> None:
@@ -540,7 +536,7 @@ async def _check_decodes(layout: Layout, index: int, data: bytes) -> float:
     Raises:
         Reject: it cannot.
     """
-    return float(np.abs(await _in_thread(layout.codec.decode, data, layout.part_size(index))).max())
+    return float(np.abs(await in_thread(layout.codec.decode, data, layout.part_size(index))).max())
 
 
 def _check_receipt(receipt: Signed[Receipt], peer: str, group: bytes, results: Mapping[int, bytes]) -> None:
@@ -569,21 +565,3 @@ def _are_digests(value: Any, count: int) -> bool:
         and len(value) == count
         and all(isinstance(item, bytes) and len(item) == 32 for item in value)
     )
-
-
-async def _soon(future: asyncio.Future[T], seconds: float) -> T:
-    """What a future comes to, if it does in time; the future goes on.
-
-    Raises:
-        TransportError: it does not.
-    """
-    try:
-        async with asyncio.timeout(seconds):
-            return await asyncio.shield(future)
-    except TimeoutError:
-        raise TransportError(f"this was not known within {seconds:.0f} s") from None
-
-
-async def _in_thread(work: Callable[..., T], *args: Any) -> T:
-    """Do what takes the processor or the disk a while off the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(None, work, *args)

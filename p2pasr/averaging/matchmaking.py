@@ -18,6 +18,7 @@ from hivemind.utils import get_dht_time
 from p2pasr.errors import P2pasrError, Reject, RemoteError, TransportError
 from p2pasr.peers.host import Host
 from p2pasr.peers.streams import Stream
+from p2pasr.protocol.cohorts import EVERYBODY, Cohort
 from p2pasr.protocol.messages import MAX_RECORD_BYTES
 from p2pasr.protocol.signing import short
 
@@ -113,6 +114,7 @@ class Matchmaker:
     async def find(
         self,
         *,
+        cohort: Cohort = EVERYBODY,
         schema: bytes,
         gather: bytes,
         expected: Collection[str],
@@ -125,6 +127,7 @@ class Matchmaker:
         """Find a group.
 
         Args:
+            cohort: the part of the swarm that is looked for, which declares itself in a place of its own.
             schema: digest that all members must share.
             gather: what we bring along.
             expected: peers that are known to have something for this round; no other is followed.
@@ -146,7 +149,7 @@ class Matchmaker:
             schema,
             _AwaitableDht(self._host.node.dht),
             servicer_type=_bounded_servicer(self._host, self._why, leaders, self._refusals(expected), admit),
-            prefix=f"p2pasr-{self._host.run.hex()[:32]}",
+            prefix=f"p2pasr-{self._host.run.hex()[:32]}" + (f"-{cohort.name}" if cohort.bits else ""),
             target_group_size=None,  # set below: passed here, hivemind would advise powers of two
             min_group_size=max(2, min_size),
             min_matchmaking_time=window,

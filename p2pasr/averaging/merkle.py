@@ -19,10 +19,10 @@ class Tree:
     """What the leaves of a tree are bound to.
 
     Args:
-        kind: "delta" or "trace".
+        kind: "delta", "trace" or "mix".
         run: 32 bytes.
         round: the round.
-        peer: whose commitment it is.
+        peer: whose commitment it is: a peer's ID, or a cohort's name.
     """
 
     kind: str

@@ -13,6 +13,7 @@ import socket
 import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -28,6 +29,7 @@ from p2pasr.peers.directory import Directory
 from p2pasr.peers.identity import Identity
 from p2pasr.peers.node import Node
 from p2pasr.peers.streams import Pacer, Stream
+from p2pasr.protocol.manifest import RunManifest, parse_manifest
 
 STREAM_SECONDS: Final = 30.0
 """How long a single read or write on a stream may take."""
@@ -90,6 +92,11 @@ class Host:
     def run(self) -> bytes:
         """The run's id, 32 bytes."""
         return self.config.run
+
+    @cached_property
+    def manifest(self) -> RunManifest:
+        """The run's manifest, which the training process has put into the store."""
+        return parse_manifest(self.store.get(self.run))
 
     @property
     def identity(self) -> Identity:

@@ -106,6 +106,14 @@ class Journal:
             },
         )
 
+    def stated(self) -> bytes | None:
+        """The packed statement about the last mix; a peer's vote in it is final."""
+        return _read(self.folder / "mix.json", lambda content: bytes.fromhex(content["mix"]))
+
+    def state_mix(self, mix: bytes) -> None:
+        """Write down a statement about a mix before it is published."""
+        self._write("mix.json", {"mix": mix.hex()})
+
     def traces(self) -> dict[int, dict[str, Any]]:
         """Round → {claim, delta, checkpoints} in hex, as far as they are kept."""
         return _read(self.folder / "traces.json", _parse_traces) or {}

@@ -7,9 +7,10 @@ from typing import Final, TypeVar
 
 from p2pasr.errors import Ignore, Reject
 from p2pasr.peers.link import Link
+from p2pasr.protocol.cohorts import Cohort
 from p2pasr.protocol.manifest import RunManifest
-from p2pasr.protocol.messages import Accusation, Attestation, Audit, Claim, Message, Roster, Signed, seal, unseal
-from p2pasr.protocol.rules import RoundView, check_attestation, check_claim, check_roster
+from p2pasr.protocol.messages import Accusation, Attestation, Audit, Claim, Message, Mix, Roster, Signed, seal, unseal
+from p2pasr.protocol.rules import RoundView, check_attestation, check_claim, check_mix, check_roster
 from p2pasr.protocol.signing import Signer, short
 
 ROSTER_TTL: Final = 20.0
@@ -19,13 +20,14 @@ CLAIM_TTL: Final = 120.0
 ATTESTATION_TTL: Final = 60.0
 AUDIT_TTL: Final = 600.0
 ACCUSATION_TTL: Final = 600.0
+MIX_TTL: Final = 120.0
 LOOKUP_SECONDS: Final = 20.0
 
 M = TypeVar("M", bound=Message)
 
 
 class Records:
-    """One peer's view of a run's directory.
+    """One peer's view of a run's directory, of which it reads and writes what concerns one cohort.
 
     Args:
         link: the network process.
@@ -45,57 +47,67 @@ class Records:
         """This peer's ID."""
         return self._signer.peer
 
-    def roster(self) -> dict[str, Roster]:
-        """Everybody who is here now, this peer left out."""
-        found = self._read("roster", "all", Roster, lambda signed: check_roster(signed.message, self._run))
+    def roster(self, cohort: Cohort) -> dict[str, Roster]:
+        """Everybody of a cohort who is here now, this peer left out."""
+        found = self._read("roster", cohort, Roster, lambda signed: check_roster(signed.message, self._run))
         found.pop(self.peer, None)
         return {peer: signed.message for peer, signed in found.items() if signed.message.stage != "leaving"}
 
     def claims(self, view: RoundView) -> dict[str, Signed[Claim]]:
         """The valid claims of a round, this peer's own left out."""
-        found = self._read("claim", str(view.round), Claim, lambda signed: check_claim(signed.message, view))
+        number, cohort = view.round, view.cohort
+        found = self._read("claim", cohort, Claim, lambda signed: check_claim(signed.message, view), number)
         found.pop(self.peer, None)
         return found
 
-    def attestations(self, manifest: RunManifest) -> dict[str, Signed[Attestation]]:
-        """What everybody attests now, this peer left out."""
+    def attestations(self, manifest: RunManifest, cohort: Cohort) -> dict[str, Signed[Attestation]]:
+        """What everybody in a cohort attests now, this peer left out."""
         found = self._read(
-            "attestation", "all", Attestation, lambda s: check_attestation(s.message, manifest, self._run)
+            "attestation", cohort, Attestation, lambda s: check_attestation(s.message, manifest, self._run)
         )
         found.pop(self.peer, None)
         return found
 
-    def announce_roster(self, roster: Roster) -> None:
+    def mixes(self, cohort: Cohort, number: int) -> dict[str, Signed[Mix]]:
+        """What a cohort states about a mix, this peer too if it has stated anything."""
+        return self._read("mix", cohort, Mix, lambda signed: check_mix(signed.message, cohort, self._run), number)
+
+    def announce_roster(self, roster: Roster, cohort: Cohort) -> None:
         """Say what this peer does now; replaces what it said before.
 
         Training does not stop for it; only a peer that leaves waits until it is said.
         """
         wait = roster.stage == "leaving"
-        self._link.announce("roster", "roster", "all", seal(self._signer, roster).pack(), ROSTER_TTL, wait=wait)
+        self._link.announce("roster", "roster", cohort.name, seal(self._signer, roster).pack(), ROSTER_TTL, wait=wait)
 
-    def announce_claim(self, claim: Signed[Claim]) -> None:
+    def announce_claim(self, claim: Signed[Claim], cohort: Cohort) -> None:
         """Publish this peer's claim."""
-        self._link.announce("claim", "claim", str(claim.message.round), claim.pack(), CLAIM_TTL)
+        self._link.announce("claim", "claim", _scope(cohort, claim.message.round), claim.pack(), CLAIM_TTL)
 
-    def announce_attestation(self, attestation: Signed[Attestation]) -> None:
-        """Publish this peer's attestation; replaces the one before."""
-        self._link.announce("attestation", "attestation", "all", attestation.pack(), ATTESTATION_TTL)
+    def announce_attestation(self, attestation: Signed[Attestation], cohort: Cohort) -> None:
+        """Publish this peer's attestation; replaces the one before, but what another cohort saw expires there."""
+        self._link.announce("attestation", "attestation", cohort.name, attestation.pack(), ATTESTATION_TTL)
 
-    def announce_audit(self, audit: Signed[Audit]) -> None:
+    def announce_mix(self, mix: Signed[Mix], cohort: Cohort) -> None:
+        """State this peer's view of a mix; replaces what it stated before."""
+        self._link.announce("mix", "mix", _scope(cohort, mix.message.round), mix.pack(), MIX_TTL)
+
+    def announce_audit(self, audit: Signed[Audit], cohort: Cohort) -> None:
         """Publish what this peer found when it checked a round."""
-        self._link.announce("audit", "audit", str(audit.message.round), audit.pack(), AUDIT_TTL, wait=False)
+        scope = _scope(cohort, audit.message.round)
+        self._link.announce("audit", "audit", scope, audit.pack(), AUDIT_TTL, wait=False)
 
-    def audits(self, round_number: int) -> dict[str, Signed[Audit]]:
-        """What others found when they checked a round."""
-        return self._read("audit", str(round_number), Audit, self._check_run)
+    def audits(self, cohort: Cohort, number: int) -> dict[str, Signed[Audit]]:
+        """What members of a cohort found when they checked a round."""
+        return self._read("audit", cohort, Audit, self._check_run, number)
 
-    def announce_accusation(self, accusation: Signed[Accusation]) -> None:
+    def announce_accusation(self, accusation: Signed[Accusation], cohort: Cohort) -> None:
         """Publish where the proofs that this peer holds can be had; replaces what it said before."""
-        self._link.announce("accusation", "accusation", "all", accusation.pack(), ACCUSATION_TTL, wait=False)
+        self._link.announce("accusation", "accusation", cohort.name, accusation.pack(), ACCUSATION_TTL, wait=False)
 
-    def accusations(self) -> dict[str, Signed[Accusation]]:
-        """Where others say that proofs can be had."""
-        found = self._read("accusation", "all", Accusation, self._check_run)
+    def accusations(self, cohort: Cohort) -> dict[str, Signed[Accusation]]:
+        """Where others of a cohort say that proofs can be had."""
+        found = self._read("accusation", cohort, Accusation, self._check_run)
         found.pop(self.peer, None)
         return found
 
@@ -104,9 +116,14 @@ class Records:
             raise Reject(f"{short(signed.message.peer)} speaks of another run")
 
     def _read(
-        self, kind: str, scope: str, expected: type[M], check: Callable[[Signed[M]], None]
+        self,
+        kind: str,
+        cohort: Cohort,
+        expected: type[M],
+        check: Callable[[Signed[M]], None],
+        number: int | None = None,
     ) -> dict[str, Signed[M]]:
-        records = self._link.call("lookup", LOOKUP_SECONDS, kind=kind, scope=scope)["records"]
+        records = self._link.call("lookup", LOOKUP_SECONDS, kind=kind, scope=_scope(cohort, number))["records"]
         found: dict[str, Signed[M]] = {}
         for owner, data in records:
             try:
@@ -117,8 +134,17 @@ class Records:
             except Reject as error:
                 self._on_bad(f"{error} (in the directory, from {short(owner)})")
                 continue
-            if signed.message.peer == owner:
-                found[owner] = signed
-            else:
+            if signed.message.peer != owner:
                 self._on_bad(f"{short(owner)} published a {kind} of {short(signed.message.peer)}")
+            elif not cohort.has(self._run, owner):
+                self._on_bad(f"{short(owner)} published a {kind} in cohort {cohort.name}, where it does not belong")
+            else:
+                found[owner] = signed
         return found
+
+
+def _scope(cohort: Cohort, number: int | None) -> str:
+    """Where a cohort's records lie, those of one round each in a place of their own."""
+    if number is None:
+        return cohort.name
+    return f"{cohort.name}-{number}" if cohort.bits else str(number)

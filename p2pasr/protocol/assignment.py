@@ -4,28 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from p2pasr.protocol.cohorts import EVERYBODY, Cohort
 from p2pasr.protocol.encoding import digest
 from p2pasr.protocol.manifest import RunManifest
 
 
-def assign(manifest: RunManifest, state: bytes, covered: Mapping[str, int], peer: str) -> tuple[bytes, ...]:
+def assign(
+    manifest: RunManifest, state: bytes, covered: Mapping[str, int], peer: str, cohort: Cohort = EVERYBODY
+) -> tuple[bytes, ...]:
     """A peer's shards for one round.
 
-    Shards still to cover in this epoch come first, then those that are covered already, each group
-    in the order of BLAKE3(state ‖ peer ‖ shard). The state's digest is not known before the round
-    before it ended and the peer's ID is its key, so there is nothing to choose.
+    Shards still to cover in this epoch come first, then those that are covered already; among equals
+    those that the peer's cohort prefers, each group in the order of BLAKE3(state ‖ peer ‖ shard). The
+    state's digest is not known before the round before it ended and the peer's ID is its key, so there
+    is nothing to choose.
 
     Args:
         state: digest of the state that the round starts from.
         covered: hex digest of a shard → merged claims that named it in this epoch, from that state.
+        cohort: the peer's.
 
     Returns:
         Digests of the first `shards_per_peer` shards, fewer only if the run has fewer.
     """
     wanted = manifest.data.redundancy
 
-    def rank(shard: bytes) -> tuple[bool, bytes]:
-        return covered.get(shard.hex(), 0) >= wanted, digest("assign", state + peer.encode() + shard)
+    def rank(shard: bytes) -> tuple[bool, bool, bytes]:
+        elsewhere = not cohort.prefers(shard)
+        return covered.get(shard.hex(), 0) >= wanted, elsewhere, digest("assign", state + peer.encode() + shard)
 
     ordered = sorted((bytes.fromhex(shard.digest) for shard in manifest.shards), key=rank)
     return tuple(ordered[: manifest.rounds.shards_per_peer])

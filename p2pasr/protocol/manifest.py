@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from p2pasr.errors import LocalError, P2pasrError, Reject
+from p2pasr.protocol.cohorts import MAX_BITS
 from p2pasr.protocol.encoding import MAX_DEPTH, MEBIBYTE, blob_digest, pack, unpack
 from p2pasr.protocol.messages import PeerId
 
@@ -133,6 +134,11 @@ class AveragingSection(_Section):
     probation_rounds: Annotated[int, Field(ge=0, le=1_000_000)] = 4
     """Rounds' worth of merged audio until a peer's claims weigh in full; a newcomer's weigh a quarter. 0 for none."""
     max_group: Annotated[int, Field(ge=2, le=64)] = 64
+    """Peers that average together; a swarm of more splits into cohorts."""
+    mix_rounds: Annotated[int, Field(ge=2, le=1024)] = 8
+    """Every so many rounds the cohorts are mixed into one state again, which takes a round."""
+    first_bits: Annotated[int, Field(ge=0, le=MAX_BITS)] = 0
+    """The run begins with 2 to this power cohorts, for runs that a crowd joins before the first round."""
     outer: OuterSection = OuterSection()
 
     @model_validator(mode="after")
@@ -279,7 +285,12 @@ class RunManifest(RunConfig):
 
     @cached_property
     def most_seconds_per_round(self) -> float:
-        """The most seconds of audio that one round can merge: a full group, every member with the longest shards."""
+        """The most seconds of audio that one round can merge: full groups in as many cohorts as there can be."""
+        return self.most_seconds_per_group * (1 << MAX_BITS)
+
+    @cached_property
+    def most_seconds_per_group(self) -> float:
+        """The most that a group can merge in one round: every member has the longest shards."""
         longest = sorted((shard.seconds for shard in self.shards), reverse=True)
         return self.averaging.max_group * sum(longest[: self.rounds.shards_per_peer])
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, ClassVar, Final, Generic, Literal, TypeVar
 
-from annotated_types import Ge, Le, Len, MaxLen
+from annotated_types import Ge, Le, Len, Lt, MaxLen
 from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
 from p2pasr.errors import Reject
+from p2pasr.protocol.cohorts import MAX_BITS
 from p2pasr.protocol.encoding import DIGEST_BYTES, digest, pack, unpack
 from p2pasr.protocol.signing import SIGNATURE_BYTES, Signer, sign, verify
 
@@ -40,7 +41,7 @@ Round = Annotated[int, Ge(0), Le(1 << 31)]
 Amount = Annotated[float, Ge(0.0), Le(1e15)]
 Loss = Annotated[float, Ge(-1e9), Le(1e9)]
 Word = Annotated[str, MaxLen(128)]
-Stage = Literal["waiting", "training", "claimed", "leaving"]
+Stage = Literal["waiting", "training", "claimed", "mixing", "leaving"]
 
 _CLOSED: Final = ConfigDict(extra="forbid")
 """No unknown fields. Types need no strict mode: :func:`unseal` refuses whatever was coerced."""
@@ -53,7 +54,7 @@ class Roster:
     Attributes:
         round, state: the round it works on and the digest of the state it starts from.
         stage: waiting (holds the state, will train the next round), training, claimed (done
-            training, its claim is published), leaving.
+            training, its claim is published), mixing (the round mixes cohorts), leaving.
         segments: segments finished in this round.
         closes_at: when it stops training this round, seconds since 1970.
         hardware: its hardware class, self-declared.
@@ -282,7 +283,34 @@ class Accusation:
     charges: Annotated[tuple[Charge, ...], MaxLen(MAX_AGAINST)]
 
 
-Message = Roster | Claim | Attestation | Receipt | Commitment | Audit | Accusation
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What a peer states of its cohort's part in a mix, and which cohorts it would mix.
+
+    Attributes:
+        round, state: the boundary round, and the digest of the cohort's state before it.
+        common: digest of the state that the cohorts grew from.
+        root: Merkle root over the parts of the cohort's encoded delta and its ledger.
+        serves: whether others can reach its author, and so get these from it.
+        cohorts: those that its author votes to mix, ascending; none before it votes.
+        chosen: digest of these cohorts with their states and roots; zeros before it votes.
+    """
+
+    kind: ClassVar[str] = "mix"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    run: Digest
+    peer: PeerId
+    round: Round
+    state: Digest
+    common: Digest
+    root: Digest
+    serves: bool
+    cohorts: Annotated[tuple[Annotated[int, Ge(0), Lt(1 << MAX_BITS)], ...], MaxLen(1 << MAX_BITS)]
+    chosen: Digest
+
+
+Message = Roster | Claim | Attestation | Receipt | Commitment | Audit | Accusation | Mix
 M = TypeVar("M", bound=Message)
 
 
@@ -366,5 +394,5 @@ def _as_map(value: Any) -> Any:
 
 
 _ADAPTERS: Final[dict[type, TypeAdapter[Any]]] = {
-    kind: TypeAdapter(kind) for kind in (Roster, Claim, Attestation, Receipt, Commitment, Audit, Accusation)
+    kind: TypeAdapter(kind) for kind in (Roster, Claim, Attestation, Receipt, Commitment, Audit, Accusation, Mix)
 }

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from p2pasr.errors import Ignore, Reject
 from p2pasr.protocol.assignment import assign
+from p2pasr.protocol.cohorts import EVERYBODY, Cohort
 from p2pasr.protocol.manifest import RunManifest
-from p2pasr.protocol.messages import Attestation, Claim, Receipt, Roster, Signed
+from p2pasr.protocol.messages import Attestation, Claim, Mix, Receipt, Roster, Signed
 from p2pasr.protocol.signing import short
 
 
@@ -21,6 +22,7 @@ class RoundView:
         covered: hex digest of a shard → merged claims that named it in this epoch.
         credit: peer → seconds of audio of its merged claims.
         bans: peer → the round in which it was banned.
+        cohort: the one whose round it is.
     """
 
     manifest: RunManifest
@@ -30,12 +32,13 @@ class RoundView:
     covered: Mapping[str, int]
     credit: Mapping[str, float]
     bans: Mapping[str, int]
+    cohort: Cohort = EVERYBODY
     _assigned: dict[str, tuple[bytes, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def assigned(self, peer: str) -> tuple[bytes, ...]:
         """Digests of a peer's shards for the round, computed once, for claims are read again and again."""
         if peer not in self._assigned:
-            self._assigned[peer] = assign(self.manifest, self.state, self.covered, peer)
+            self._assigned[peer] = assign(self.manifest, self.state, self.covered, peer, self.cohort)
         return self._assigned[peer]
 
 
@@ -70,12 +73,17 @@ def check_claim(claim: Claim, view: RoundView) -> None:
     # C6 Who was banned takes no part any more.
     if claim.peer in view.bans:
         raise Ignore(f"{short(claim.peer)} was banned in round {view.bans[claim.peer]}")
-    # C7 It speaks against others, each once, in order, and not against those who are out already.
+    # C7 It speaks against others of its cohort, each once, in order, and not against those who are out already.
     if list(claim.against) != sorted(set(claim.against) - {claim.peer} - view.bans.keys()):
         raise Reject(f"{who} speaks against peers out of order, twice, or in vain")
+    if not all(view.cohort.has(view.run, peer) for peer in claim.against):
+        raise Reject(f"{who} speaks against peers of another cohort")
     # C8 The run may admit listed peers only.
     if not view.manifest.admits(claim.peer):
         raise Ignore(f"{short(claim.peer)} is not among the peers that this run admits")
+    # C9 Its author belongs to the cohort. Right after a mix all cohorts start from one state.
+    if not view.cohort.has(view.run, claim.peer):
+        raise Reject(f"{who} is by a peer of another cohort")
 
 
 def check_part(index: int, largest: float, claim: Claim, limits: Sequence[float] | None) -> None:
@@ -132,6 +140,23 @@ def check_attestation(attestation: Attestation, manifest: RunManifest, run: byte
     # A5 Only those who may take part have a say.
     if not manifest.admits(attestation.peer):
         raise Ignore(f"{short(attestation.peer)} is not among the peers that this run admits")
+
+
+def check_mix(mix: Mix, cohort: Cohort, run: bytes) -> None:
+    """May this statement about a cohort's part in a mix be counted?
+
+    Raises:
+        Reject: no.
+    """
+    who = f"the mix of {short(mix.peer)}"
+    # X1 A mix is for one run.
+    if mix.run != run:
+        raise Reject(f"{who} is for another run")
+    # X2 A vote is for cohorts that there are, each once, in order; it is named, and nothing else is.
+    if list(mix.cohorts) != sorted(set(mix.cohorts)) or any(index >> cohort.bits for index in mix.cohorts):
+        raise Reject(f"{who} names impossible cohorts")
+    if bool(mix.cohorts) != any(mix.chosen):
+        raise Reject(f"{who} votes for nothing that has a name")
 
 
 def check_receipts(

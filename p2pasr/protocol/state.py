@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2pasr.errors import Reject
+from p2pasr.protocol.cohorts import MAX_BITS, bits_for, is_boundary
 from p2pasr.protocol.encoding import DIGEST_BYTES, blob_digest
 from p2pasr.protocol.manifest import RuleSection, RunManifest
 from p2pasr.protocol.messages import Claim
@@ -39,6 +40,8 @@ class State:
         covered: hex digest of a shard → merged claims that named it in this epoch.
         credit: peer → seconds of audio of its merged claims.
         bans: peer → the round in which it was banned.
+        bits: those who hold it are split into 2^bits cohorts.
+        common: digest of the state that all cohorts grew from; zeros if that is this one, and before a split.
     """
 
     run: bytes
@@ -50,6 +53,8 @@ class State:
     covered: dict[str, int]
     credit: dict[str, float]
     bans: dict[str, int]
+    bits: int = 0
+    common: bytes = NO_PARENT
 
     @property
     def pieces(self) -> tuple[bytes | memoryview, ...]:
@@ -65,6 +70,8 @@ class State:
             "covered": self.covered,
             "credit": self.credit,
             "bans": self.bans,
+            "bits": self.bits,
+            "common": self.common.hex(),
         }
         return tensor_pieces(tensors, meta)
 
@@ -85,6 +92,11 @@ class State:
         return {name: self.moments[moment] for name, moment in names.items() if moment in self.moments}
 
     @property
+    def is_common(self) -> bool:
+        """Whether all cohorts hold this very state."""
+        return self.common == NO_PARENT
+
+    @property
     def work(self) -> float:
         """Seconds of audio merged since the start of the run."""
         return sum(self.credit[peer] for peer in sorted(self.credit))
@@ -92,7 +104,7 @@ class State:
 
 def genesis(manifest: RunManifest, params: Tensors) -> State:
     """The state before round 0, which every peer computes for itself from the manifest."""
-    return State(manifest.run_id, 0, NO_PARENT, params, {}, 0, {}, {}, {})
+    return State(manifest.run_id, 0, NO_PARENT, params, {}, 0, {}, {}, {}, manifest.averaging.first_bits)
 
 
 def params_digest(params: Tensors) -> bytes:
@@ -103,11 +115,11 @@ def params_digest(params: Tensors) -> bytes:
 def max_state_bytes(manifest: RunManifest) -> int:
     """The longest blob that can be a state of this run, decided before one is fetched.
 
-    Parameters, at most two moments and the rule's reference, if it needs one, of four bytes each; a
-    megabyte for headers and the ledger, and a generous 128 bytes a shard.
+    Parameters, at most two moments and the rule's reference, if it needs one, of four bytes each; four
+    megabytes for headers and the credit of tens of thousands of peers, and a generous 128 bytes a shard.
     """
     copies = 4 if manifest.averaging.rule.needs_reference else 3
-    return copies * 4 * manifest.parameters + (1 << 20) + 128 * len(manifest.shards)
+    return copies * 4 * manifest.parameters + (4 << 20) + 128 * len(manifest.shards)
 
 
 def parse_state(blob: bytes, manifest: RunManifest, like: Tensors | None) -> State:
@@ -152,6 +164,8 @@ def parse_state(blob: bytes, manifest: RunManifest, like: Tensors | None) -> Sta
             covered=meta["covered"],
             credit=meta["credit"],
             bans=meta["bans"],
+            bits=meta["bits"],
+            common=bytes.fromhex(meta["common"]),
         )
         sound = meta["format"] == FORMAT and state.digest == blob_digest(blob)
     except ValueError as error:
@@ -169,12 +183,14 @@ def _check_ledger(meta: Mapping[str, Any], manifest: RunManifest) -> None:
     """
     shards = {shard.digest for shard in manifest.shards}
     covered, credit, bans = meta.get("covered"), meta.get("credit"), meta.get("bans")
-    numbers = (meta.get("round"), meta.get("epoch"))
-    parents = (meta.get("run"), meta.get("parent"))
+    numbers = (meta.get("round"), meta.get("epoch"), meta.get("bits"))
+    digests = (meta.get("run"), meta.get("parent"), meta.get("common"))
     sound = (
-        meta.keys() == {"format", "run", "round", "parent", "epoch", "covered", "credit", "bans"}
+        meta.keys() == {"format", "run", "round", "parent", "epoch", "covered", "credit", "bans", "bits", "common"}
         and all(type(number) is int and 0 <= number <= 1 << 31 for number in numbers)
-        and all(isinstance(name, str) and len(name) == 2 * DIGEST_BYTES for name in parents)
+        and all(isinstance(name, str) and len(name) == 2 * DIGEST_BYTES for name in digests)
+        and meta["bits"] <= MAX_BITS
+        and (meta["bits"] > 0 or meta["common"] == NO_PARENT.hex())
         and isinstance(covered, dict)
         and all(shard in shards and type(n) is int and n > 0 for shard, n in covered.items())
         and isinstance(credit, dict)
@@ -208,7 +224,23 @@ def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params
         covered=covered,
         credit=earn(state.credit, merged, manifest),
         bans=condemn(state.bans, merged, state.round),
+        bits=bits_after(state.round, state.bits, len(merged), manifest),
+        common=(state.digest if state.is_common else state.common) if state.bits else NO_PARENT,
     )
+
+
+def bits_after(number: int, bits: int, merged: int, manifest: RunManifest) -> int:
+    """The bits of the state after round `number`, in which so many claims were merged: one group may split."""
+    section, rounds = manifest.averaging, manifest.rounds
+    if bits or not is_boundary(number, rounds.rounds, section.mix_rounds):
+        return bits
+    return bits_for(merged, section.max_group, rounds.min_peers, 0)
+
+
+def mix_due(state: State, manifest: RunManifest) -> bool:
+    """Whether the round that starts from this state mixes the cohorts instead of training."""
+    boundary = is_boundary(state.round, manifest.rounds.rounds, manifest.averaging.mix_rounds)
+    return boundary and state.bits > 0 and not state.is_common
 
 
 def remember(moments: Tensors, average: Mapping[str, npt.NDArray[Any]], rule: RuleSection) -> Tensors:
@@ -279,4 +311,5 @@ def describe(state: State) -> dict[str, Any]:
         "seconds_merged": round(state.work, 1),
         "peers_credited": len(state.credit),
         "peers_banned": len(state.bans),
+        "cohorts": 1 << state.bits,
     }

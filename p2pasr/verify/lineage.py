@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from p2pasr.errors import RemoteError
+from p2pasr.protocol.cohorts import EVERYBODY, cohort_of
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.rules import RoundView
-from p2pasr.protocol.state import State, condemn, cover, earn
-from p2pasr.verify.record import RoundRecord, check_record
+from p2pasr.protocol.state import State, bits_after, condemn, cover, earn
+from p2pasr.verify.record import MixRecord, RoundRecord, check_mix_record, check_record
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +21,15 @@ class Checked:
         problem: one sentence; None for a record that holds.
     """
 
-    record: RoundRecord
+    record: RoundRecord | MixRecord
     problem: str | None
 
 
 def follow(
-    manifest: RunManifest, start: State, records: Iterable[RoundRecord], average: Callable[[bytes], bytes | None]
+    manifest: RunManifest,
+    start: State,
+    records: Iterable[RoundRecord | MixRecord],
+    average: Callable[[bytes], bytes | None],
 ) -> Iterator[Checked]:
     """Check consecutive records from a state on; ends with the first that does not hold.
 
@@ -33,17 +37,27 @@ def follow(
         start: the state before the first record's round.
         average: an encoded average by its digest, None where it is not kept.
     """
-    number, state, covered, credit, bans = start.round, start.digest, start.covered, start.credit, start.bans
+    number, state, covered, credit = start.round, start.digest, start.covered, start.credit
+    bans, bits = start.bans, start.bits
     for record in records:
-        view = RoundView(manifest, manifest.run_id, number, state, covered, credit, bans)
         try:
-            check_record(record, view, average(record.average))
+            if isinstance(record, MixRecord):
+                check_mix_record(record, manifest, number, state, bits)
+            else:
+                peers = [member.message.peer for member in record.members]
+                cohort = cohort_of(manifest.run_id, peers[0], bits) if peers else EVERYBODY
+                view = RoundView(manifest, manifest.run_id, number, state, covered, credit, bans, cohort)
+                check_record(record, view, average(record.average))
         except RemoteError as error:
             yield Checked(record, str(error))
             return
         yield Checked(record, None)
-        merged = record.merged()
-        covered, _ = cover(covered, merged, manifest)
-        credit = earn(credit, merged, manifest)
-        bans = condemn(bans, merged, number)
-        number, state = number + 1, record.after
+        if isinstance(record, MixRecord):
+            covered, credit, bans, bits = record.covered, record.credit, record.bans, record.bits
+        else:
+            merged = record.merged()
+            covered, _ = cover(covered, merged, manifest)
+            credit = earn(credit, merged, manifest)
+            bans = condemn(bans, merged, number)
+            bits = bits_after(number, bits, len(merged), manifest)
+        number, state = record.next_round, record.after

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, Any, Final, TypeVar
 
+from annotated_types import Ge, Le
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.merkle import part_digests
 from p2pasr.errors import Reject
+from p2pasr.protocol.cohorts import MAX_BITS, is_boundary
 from p2pasr.protocol.encoding import MEBIBYTE, blob_digest, pack, unpack
+from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import (
     MAX_RECEIPT_BYTES,
     Attestation,
@@ -24,6 +27,8 @@ from p2pasr.protocol.messages import (
 )
 from p2pasr.protocol.rules import RoundView, check_attestation, check_claim, check_receipts
 from p2pasr.protocol.signing import short
+
+P = TypeVar("P", bound=BaseModel)
 
 MAX_RECORD_BYTES: Final = 64 * MEBIBYTE
 
@@ -74,12 +79,7 @@ class RoundRecord:
         Raises:
             Reject: malformed, or a signature does not verify.
         """
-        content = unpack(data, MAX_RECORD_BYTES)
-        try:
-            packed = _Packed.model_validate(content)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            raise Reject(f"a round record is malformed ({'.'.join(map(str, first['loc']))}: {first['msg']})") from None
+        packed = _validated(_Packed, unpack(data, MAX_RECORD_BYTES))
         return cls(
             run=packed.run,
             round=packed.round,
@@ -92,9 +92,80 @@ class RoundRecord:
             attestations=tuple(unseal(item, Attestation) for item in packed.attestations),
         )
 
+    @property
+    def next_round(self) -> int:
+        """The round that begins with the state after this one."""
+        return self.round + 1
+
     def merged(self) -> tuple[Claim, ...]:
         """The claims that are in every part: those that earn credit and cover shards."""
         return tuple(self.members[position].message for position in in_every_part(self.receipts))
+
+
+@dataclass(frozen=True, slots=True)
+class MixRecord:
+    """The link of a run's lineage in a round that mixed cohorts.
+
+    What other cohorts merged is not in it: the ledger after the mix is what those who attest the state vouch for, and
+    the assignments of the rounds that follow are checked against it.
+
+    Attributes:
+        before, after: digests of the cohort's states before and after the mix.
+        next_round: the round that begins with the state after it.
+        covered, credit, bans, bits: as in that state.
+        attestations: those for `after` that were seen when the mix was committed.
+    """
+
+    run: bytes
+    round: int
+    before: bytes
+    after: bytes
+    next_round: int
+    covered: dict[str, int]
+    credit: dict[str, float]
+    bans: dict[str, int]
+    bits: int
+    attestations: tuple[Signed[Attestation], ...]
+
+    def pack(self) -> bytes:
+        """The record's bytes."""
+        fields = {field: getattr(self, field) for field in _PackedMix.model_fields if field != "attestations"}
+        return pack({**fields, "attestations": [attestation.pack() for attestation in self.attestations]})
+
+    def merged(self) -> tuple[Claim, ...]:
+        """The claims that a mix merges: none."""
+        return ()
+
+
+def read_record(data: bytes) -> RoundRecord | MixRecord:
+    """Read a link of a lineage, of either kind; every signature in it is checked.
+
+    Raises:
+        Reject: malformed, or a signature does not verify.
+    """
+    content = unpack(data, MAX_RECORD_BYTES)
+    if not isinstance(content, dict) or "next_round" not in content:
+        return RoundRecord.unpack(data)
+    packed = _validated(_PackedMix, content)
+    fields = {field: getattr(packed, field) for field in _PackedMix.model_fields if field != "attestations"}
+    return MixRecord(**fields, attestations=tuple(unseal(item, Attestation) for item in packed.attestations))
+
+
+class _PackedMix(BaseModel):
+    """A mix's record as its bytes hold it, before any signature is checked."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    run: Digest
+    round: Round
+    before: Digest
+    after: Digest
+    next_round: Round
+    covered: dict[str, int]
+    credit: dict[str, float]
+    bans: dict[str, int]
+    bits: Annotated[int, Ge(0), Le(MAX_BITS)]
+    attestations: tuple[bytes, ...]
 
 
 class _Packed(BaseModel):
@@ -111,6 +182,14 @@ class _Packed(BaseModel):
     receipts: tuple[bytes, ...]
     average: Digest
     attestations: tuple[bytes, ...]
+
+
+def _validated(model: type[P], content: Any) -> P:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise Reject(f"a round record is malformed ({'.'.join(map(str, first['loc']))}: {first['msg']})") from None
 
 
 def _check_average(record: RoundRecord, average: bytes, layout: Layout) -> None:
@@ -146,9 +225,29 @@ def check_record(record: RoundRecord, view: RoundView, average: bytes | None) ->
     check_receipts(record.receipts, record.group, record.members, layout.parts)
     if average is not None:
         _check_average(record, average, layout)
+    _check_attestations(record, view.manifest)
+
+
+def check_mix_record(record: MixRecord, manifest: RunManifest, number: int, state: bytes, bits: int) -> None:
+    """Is this the record of a mix in round `number`, from this state of one of 2^bits cohorts?
+
+    Raises:
+        RemoteError: no, or nobody vouches for what came of it.
+    """
+    if (record.run, record.round, record.before) != (manifest.run_id, number, state):
+        raise Reject(f"the record is of round {record.round} from state {record.before.hex()[:8]}, not of this one")
+    section, rounds = manifest.averaging, manifest.rounds
+    if bits == 0 or not is_boundary(number, rounds.rounds, section.mix_rounds):
+        raise Reject(f"no cohorts are mixed in round {number}")
+    if record.next_round not in (number + 1, number + 2):
+        raise Reject(f"a mix in round {number} does not lead to round {record.next_round}")
+    _check_attestations(record, manifest)
+
+
+def _check_attestations(record: RoundRecord | MixRecord, manifest: RunManifest) -> None:
     if not record.attestations:
         raise Reject(f"nobody attests state {record.after.hex()[:8]}, which the record says came of the round")
     for attestation in (signed.message for signed in record.attestations):
-        check_attestation(attestation, view.manifest, view.run)
-        if attestation.at(record.round + 1) != record.after or attestation.at(record.round) != record.before:
+        check_attestation(attestation, manifest, record.run)
+        if attestation.at(record.next_round) != record.after or attestation.at(record.round) != record.before:
             raise Reject(f"{short(attestation.peer)} attests another state than the record says came of the round")

@@ -25,7 +25,7 @@ from p2pasr.peers.streams import Pacer, Stream
 from p2pasr.protocol.assignment import assign
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RunManifest
-from p2pasr.protocol.messages import Attestation, Claim, PartReceipt, Receipt, Roster, Signed, seal
+from p2pasr.protocol.messages import Attestation, Claim, Mix, PartReceipt, Receipt, Roster, Signed, seal
 from p2pasr.protocol.rules import RoundView
 from p2pasr.protocol.state import State, genesis, params_digest
 from p2pasr.protocol.tensors import Tensors
@@ -154,6 +154,22 @@ def make_roster(who: Identity, held: State, /, **changes: Any) -> Roster:
         "addresses": ("/ip4/203.0.113.5/tcp/31337/p2p/" + who.peer,),
     }
     return Roster(**{**fields, **changes})
+
+
+def make_mix(who: Identity, held: State, /, **changes: Any) -> Mix:
+    """What a peer that votes for two cohorts states about a mix, but for the changes."""
+    fields: dict[str, Any] = {
+        "run": held.run,
+        "peer": who.peer,
+        "round": held.round,
+        "state": held.digest,
+        "common": digest_of("the state before the cohorts parted"),
+        "root": digest_of("what the cohort learned"),
+        "serves": True,
+        "cohorts": (0, 1),
+        "chosen": digest_of("both cohorts"),
+    }
+    return Mix(**{**fields, **changes})
 
 
 def random_delta(seed: int, values: int = PARAMETERS) -> Vector:

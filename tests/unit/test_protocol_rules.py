@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from p2pasr.errors import Ignore, Reject, RemoteError
+from p2pasr.protocol.cohorts import Cohort, cohort_of
 from p2pasr.protocol.messages import PartReceipt, Receipt, Signed, seal
 from p2pasr.protocol.rules import check_attestation, check_claim, check_part, check_receipts, check_roster
 
@@ -62,6 +63,29 @@ def test_a_claim_that_breaks_a_rule_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         check_claim(make_claim(WHO, MANIFEST, STATE, **changes), VIEW)
+
+
+def test_c9_a_claim_counts_in_the_cohort_of_its_author_alone() -> None:
+    for cohort in (Cohort(1, 0), Cohort(1, 1)):
+        view = dataclasses.replace(VIEW, cohort=cohort)
+        claim = make_claim(WHO, MANIFEST, STATE, shards=view.assigned(WHO.peer))
+        if cohort == cohort_of(STATE.run, WHO.peer, 1):
+            check_claim(claim, view)
+        else:
+            with pytest.raises(Reject, match="is by a peer of another cohort"):
+                check_claim(claim, view)
+
+
+def test_c7_a_claim_speaks_against_peers_of_its_own_cohort() -> None:
+    others = [make_identity(number).peer for number in range(2, 20)]
+    ours = cohort_of(STATE.run, WHO.peer, 1)
+    view = dataclasses.replace(VIEW, cohort=ours)
+    claim = make_claim(WHO, MANIFEST, STATE, shards=view.assigned(WHO.peer))
+    mate = next(peer for peer in others if ours.has(STATE.run, peer))
+    stranger = next(peer for peer in others if not ours.has(STATE.run, peer))
+    check_claim(dataclasses.replace(claim, against=(mate,)), view)
+    with pytest.raises(Reject, match="speaks against peers of another cohort"):
+        check_claim(dataclasses.replace(claim, against=(stranger,)), view)
 
 
 EVE, ANNE = make_identity(2).peer, make_identity(3).peer

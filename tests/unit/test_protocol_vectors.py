@@ -18,6 +18,7 @@ from p2pasr.averaging import outer, rules
 from p2pasr.averaging.codec import Codec, Layout
 from p2pasr.averaging.merkle import Tree
 from p2pasr.protocol.assignment import assign, segment_seed
+from p2pasr.protocol.cohorts import MAX_BITS, Cohort, cohort_of
 from p2pasr.protocol.encoding import blob_digest, digest, keyed_bytes, pack
 from p2pasr.protocol.manifest import OuterSection, RuleSection
 from p2pasr.protocol.messages import message_digest, seal
@@ -32,6 +33,7 @@ from .builders import (
     make_claim,
     make_identity,
     make_manifest,
+    make_mix,
     make_receipt,
     make_roster,
     make_state,
@@ -108,12 +110,15 @@ def _records() -> Iterator[tuple[str, bytes]]:
         claim,
         make_attestation(WHO, state),
         make_receipt(WHO, state, [seal(WHO, claim)], {0: b"result", 1: b"other"}),
+        make_mix(WHO, state),
     ]
     for message in messages:
         yield message.kind, seal(WHO, message).pack()
         yield f"{message.kind} digest", message_digest(message)
     yield "assignment", b"".join(assign(manifest, state.digest, {}, WHO.peer))
     yield "segment seed", segment_seed(state.digest, WHO.peer, 3)
+    yield "cohorts", bytes(cohort_of(manifest.run_id, WHO.peer, bits).index & 255 for bits in range(MAX_BITS + 1))
+    yield "assignment in a cohort", b"".join(assign(manifest, state.digest, {}, WHO.peer, Cohort(1, 1)))
 
 
 def _averaging() -> Iterator[tuple[str, bytes]]:

@@ -20,8 +20,8 @@ from p2pasr.protocol.state import State, advance
 from p2pasr.report import Report
 from p2pasr.round import (
     POLL_SECONDS,
+    Averaged,
     Member,
-    Result,
     attest,
     between_looks,
     hold,
@@ -63,7 +63,7 @@ class Directory:
         self.attested: dict[str, Signed[Attestation]] = {}
         self.before_each_look: list[Callable[[], None]] = []
 
-    def roster(self) -> dict[str, Roster]:
+    def roster(self, cohort: Any) -> dict[str, Roster]:
         if self.before_each_look:
             self.before_each_look.pop(0)()
         return self.here
@@ -71,12 +71,12 @@ class Directory:
     def claims(self, view: Any) -> dict[str, Signed[Claim]]:
         return self.claimed
 
-    def attestations(self, manifest: Any) -> dict[str, Signed[Attestation]]:
+    def attestations(self, manifest: Any, cohort: Any) -> dict[str, Signed[Attestation]]:
         return self.attested
 
-    def announce_roster(self, roster: Roster) -> None: ...
+    def announce_roster(self, roster: Roster, cohort: Any) -> None: ...
 
-    def announce_attestation(self, attestation: Signed[Attestation]) -> None: ...
+    def announce_attestation(self, attestation: Signed[Attestation], cohort: Any) -> None: ...
 
     def wait(self, who: Any, state: State) -> None:
         """A peer that is here, attests a state and waits for its round."""
@@ -143,10 +143,10 @@ def test_a_peer_that_misses_everybody_in_one_look_does_not_average_alone(member:
     assert wait_for_claims(member) == {ME.peer, ANNE.peer}
 
 
-def result_of_the_first_round(after: State, *electorate: Any) -> Result:
+def result_of_the_first_round(after: State, *electorate: Any) -> Averaged:
     """A result of which nobody has another receipt than this peer."""
     merged = cast("Any", SimpleNamespace(group=b"", receipts=()))
-    return Result(after, cast("Any", None), merged, frozenset(who.peer for who in electorate))
+    return Averaged(after, frozenset(who.peer for who in electorate), cast("Any", None), merged)
 
 
 def test_a_peer_does_not_wait_for_votes_when_the_others_have_agreed_on_another_result(
