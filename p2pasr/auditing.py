@@ -289,7 +289,11 @@ def convict(member: Member, proof: Proof, sentence: str) -> None:
 
 
 def hear(member: Member) -> None:
-    """Read the proofs that others say they have, and check them before anything follows from one."""
+    """Read the proofs that others say they have, and check them before anything follows from one.
+
+    To check one can take as long as to train a segment. So only peers are heard of which work was merged, for keys are
+    free; and whoever was heard once with a proof that proves nothing is not heard again.
+    """
     try:
         accusations = member.records.accusations()
     except TransportError as error:  # what was trained meanwhile is not lost for it
@@ -297,7 +301,9 @@ def hear(member: Member) -> None:
         return
     for accuser, accusation in accusations.items():
         for charge in accusation.message.charges:
-            if _is_settled(member, charge.accused) or charge.proof in member.heard or accuser in member.state.bans:
+            if accuser in member.slanderers or accuser in member.state.bans or accuser not in member.state.credit:
+                break
+            if _is_settled(member, charge.accused) or charge.proof in member.heard:
                 continue
             member.heard.add(charge.proof)
             try:
@@ -308,8 +314,11 @@ def hear(member: Member) -> None:
             except TransportError as error:
                 member.heard.discard(charge.proof)
                 member.report.warn(f"a proof against {short(charge.accused)} cannot be had yet: {error}")
-            except P2pasrError as error:
+            except Reject as error:
+                member.slanderers.add(accuser)
                 member.report.warn(f"{short(accuser)} accuses {short(charge.accused)} without proof: {error}")
+            except P2pasrError as error:
+                member.report.warn(f"a proof against {short(charge.accused)} cannot be checked here: {error}")
             else:
                 convict(member, proof, sentence)
 

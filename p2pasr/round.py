@@ -108,6 +108,7 @@ class Member:
         shunned: those that gave members of this round different results; it is averaged without them.
         charges: where the proofs that this peer holds can be had, by the accused.
         heard: digests of the proofs that it has looked at.
+        slanderers: peers that offered a proof which proves nothing.
         whole: shards whose bytes this process has compared with their digests.
         traffic: bytes sent and received, and connections open, when last counted.
     """
@@ -132,6 +133,7 @@ class Member:
     shunned: set[str] = field(default_factory=set)
     charges: dict[str, Charge] = field(default_factory=dict)
     heard: set[bytes] = field(default_factory=set)
+    slanderers: set[str] = field(default_factory=set)
     whole: set[bytes] = field(default_factory=set)
     traffic: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("bytes_sent", "bytes_received", "connections"), 0)
