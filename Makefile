@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint swarm bench package dev clean
+.PHONY: demo test lint swarm attacks bench package dev clean
 
 demo: $(VENV)/.demo
 	$(BIN)/p2pasr demo run --out demo-out
@@ -20,6 +20,12 @@ lint: $(VENV)/.dev
 
 swarm: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/swarm
+
+attacks: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/attacks
+	$(BIN)/python -m benchmarks attacks
+	$(BIN)/python -m benchmarks attacks --honest
+	$(BIN)/python -m benchmarks attacks --real
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks averaging

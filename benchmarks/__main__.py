@@ -71,6 +71,16 @@ def _links(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return [asdict(step) for step in steps] if arguments.steps else [asdict(row)]
 
 
+def _attacks(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from benchmarks.attacks import honest, real, simulate
+
+    if arguments.real:
+        return [asdict(row) for row in real(arguments.attacks, arguments.peers, arguments.rate)]
+    if arguments.honest:
+        return [asdict(row) for row in honest(arguments.audits, arguments.segments)]
+    return [asdict(row) for row in simulate(arguments.seeds)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -123,6 +133,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     links.add_argument("--rounds", type=int, default=3)
     links.add_argument("--steps", action="store_true", help="print the seconds of a round's steps instead")
     links.set_defaults(run=_links, title="1,769,472 values as int8 between peers with limited uplinks, a round")
+
+    attacks = kinds.add_parser("attacks", help="how long cheats last, and whether honest peers are ever banned")
+    attacks.add_argument("--seeds", type=int, default=200, help="simulated runs of each kind")
+    attacks.add_argument("--honest", action="store_true", help="train honest segments again instead")
+    attacks.add_argument("--audits", type=int, default=10_000, help="of a tiny task")
+    attacks.add_argument("--segments", type=int, default=6, help="of the demo's model, for each kind of hardware")
+    attacks.add_argument("--real", action="store_true", help="run real peers instead (some minutes an attack)")
+    attacks.add_argument("--attacks", nargs="+", default=["sign-flip", "free-rider"], metavar="ATTACK")
+    attacks.add_argument("--peers", type=int, default=8, help="of which one cheats")
+    attacks.add_argument("--rate", type=float, default=1.0, help="verify.rate of real runs")
+    attacks.set_defaults(run=_attacks, title="cheats, and rounds until they are banned")
 
     for kind in kinds.choices.values():
         kind.add_argument("--json", action="store_true", help="print JSON instead of a table")

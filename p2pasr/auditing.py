@@ -360,7 +360,8 @@ def convict(member: Member, proof: Proof, sentence: str) -> None:
 def hear(member: Member) -> None:
     """Read the proofs that others say they have, and check them before anything follows from one.
 
-    Whoever accused somebody without proof is not heard again.
+    To check one can take as long as to train a segment. So only peers are heard of which work was merged, for keys are
+    free; and whoever was heard once with a proof that proves nothing is not heard again.
     """
     try:
         accusations = member.records.accusations(member.cohort)
@@ -369,7 +370,9 @@ def hear(member: Member) -> None:
         return
     for accuser, accusation in accusations.items():
         for charge in accusation.message.charges:
-            if _is_settled(member, charge.accused) or charge.proof in member.heard or accuser in member.distrusted:
+            if accuser in member.distrusted or accuser in member.state.bans or accuser not in member.state.credit:
+                break
+            if _is_settled(member, charge.accused) or charge.proof in member.heard:
                 continue
             member.heard.add(charge.proof)
             try:

@@ -1252,6 +1252,7 @@ def audit(member: Member, result: Averaged, seen: tuple[Signed[Attestation], ...
 def settle(member: Member, result: Averaged) -> None:
     """The round is committed: hold its state, keep what may be asked for, let the rest go, and say so."""
     finished, after, work = member.state.round, result.after, result.work
+    banned = sorted(after.bans.keys() - member.state.bans.keys())
     hold(member, after)
     member.fresh = False
     retention = member.manifest.retention.checkpoint_rounds
@@ -1269,10 +1270,12 @@ def settle(member: Member, result: Averaged) -> None:
     member.report.emit(
         "round",
         f"round {finished} is done: state {after.digest.hex()[:8]}, {len(peers)} peers, "
-        f"{after.work:.0f} s of audio so far, {member.traffic['bytes_sent'] / 1e6:.1f} MB sent",
+        f"{after.work:.0f} s of audio so far, {member.traffic['bytes_sent'] / 1e6:.1f} MB sent"
+        + (f"; banned for proved cheating: {', '.join(map(short, banned))}" if banned else ""),
         round=finished,
         state=after.digest,
         peers=peers,
+        banned=banned,
         epoch=after.epoch,
         work=after.work,
         **member.traffic,

@@ -17,14 +17,16 @@ def run(
     ),
     peers: Annotated[int, typer.Option(min=1, max=16, help="training peers")] = 3,
     rounds: Annotated[int | None, typer.Option(min=1, help="rounds, if not the configuration's")] = None,
+    cheater: Annotated[bool, typer.Option(help="with one more peer, which cheats and is to be banned")] = True,
 ) -> None:
     """Train a small Whisper with real peers.
 
-    A bootstrap node and training peers on loopback adapt it from Mandarin to Cantonese.
+    A bootstrap node and training peers on loopback adapt it from Mandarin to Cantonese. One more peer claims training
+    that it did not do, until the others have proved it.
     """
     from p2pasr.demo.swarm import run_demo
 
-    raise typer.Exit(run_demo(out, peers, rounds))
+    raise typer.Exit(run_demo(out, peers, rounds, cheater=cheater))
 
 
 @app.command()

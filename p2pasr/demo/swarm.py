@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -16,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from p2pasr import runs
-from p2pasr.demo.fleet import Event, Process, fleet_of
+from p2pasr.demo.fleet import Event, Fleet, Process, fleet_of
 from p2pasr.errors import LocalError, TransportError
 from p2pasr.peer import interrupt_on_terminate
-from p2pasr.protocol.manifest import RunConfig, RunManifest, read_config
+from p2pasr.protocol.manifest import RunConfig, RunManifest, VerifySection, read_config
 from p2pasr.report import error_rate_table, progress_bar
 from p2pasr.speech.prepare import Settings, prepare
 from p2pasr.speech.synthetic import write_corpus
@@ -36,12 +38,27 @@ TRAIN_CLIPS, TRAIN_PEOPLE, TEST_CLIPS, TEST_PEOPLE = 1200, 24, 300, 20
 SECONDS_A_ROUND: Final = 120.0
 """A round that takes longer than this on average has gone wrong."""
 
+CHEAT: Final = "cheat"
+CHEAT_COMMAND: Final = (sys.executable, "-m", "p2pasr.demo.cheat")
+AUDIT_RATE: Final = 1.0
+"""Share of the claims that are audited where there is a cheat, so that it is caught in minutes, whatever is drawn."""
+
+LEAST_PEERS, LEAST_ROUNDS = 2, 4
+"""Who is in the minority bans nobody; a cheat is audited in its second round, banned then or one later, and may have
+missed the first."""
+
 
 @dataclass
 class Board:
-    """What the live table shows: one row a process, updated from its events."""
+    """What the live table shows: one row a process, updated from its events.
+
+    Attributes:
+        rounds: of the run.
+        banned: peer → the round in which it was banned.
+    """
 
     rounds: int
+    banned: dict[str, int] = field(default_factory=dict)
     rows: dict[str, dict[str, str]] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
@@ -54,6 +71,7 @@ class Board:
         row["note"] = event["message"] if kind in ("wait", "warning", "error") else ""
         if kind == "ready":
             row["peer"] = event["peer"][-6:]
+            row["id"] = event["peer"]
             row["step"] = "up"
         elif kind == "step":
             row["step"], row["round"] = event["step"], f"{event['round']}/{self.rounds}"
@@ -65,6 +83,7 @@ class Board:
         elif kind == "round":
             row["state"], row["sent"] = event["state"][:8], f"{event['bytes_sent'] / 1e6:.1f} MB"
             row["round"] = f"{event['round'] + 1}/{self.rounds}"
+            self.banned |= dict.fromkeys(event["banned"], event["round"])
         elif kind in ("done", "stopped"):
             row["step"] = kind
 
@@ -72,20 +91,53 @@ class Board:
         table = Table(title=f"the swarm, {time.monotonic() - self.started:.0f} s", title_justify="left")
         for column in ("process", "peer", "round", "step", "segment", "loss", "state", "sent"):
             table.add_column(column, no_wrap=True)
+        notes = []
         for name, row in sorted(self.rows.items()):
-            table.add_row(
-                name, *(row.get(c, "") for c in ("peer", "round", "step", "segment", "loss", "state", "sent"))
-            )
-        notes = [
-            Text(f"{name}: {row['note']}", style="cyan") for name, row in sorted(self.rows.items()) if row.get("note")
-        ]
+            banned = self.banned.get(row.get("id", ""))
+            note = row.get("note", "") if banned is None else f"banned in round {banned}: others hold the proof"
+            step = row["step"] if banned is None else "banned"
+            cells = (row.get(column, "") for column in ("segment", "loss", "state", "sent"))
+            table.add_row(name, row["peer"], row["round"], step, *cells, style="" if banned is None else "red")
+            notes += [Text(f"{name}: {note}", style="cyan" if banned is None else "red")] if note else []
         return Group(table, *notes)
 
 
-def run_demo(out: Path, peers: int, rounds: int | None) -> int:
-    """Run the demo and write its report; returns the exit code."""
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of the peer that cheats.
+
+    Attributes:
+        peer: its ID.
+        round: the round in which it was banned.
+        rounds_to_ban: rounds in which it took part, that one included.
+        evidence: a proof against it, complete in itself.
+    """
+
+    peer: str
+    round: int
+    rounds_to_ban: int
+    evidence: str
+
+    def __str__(self) -> str:
+        return (
+            f"peer {self.peer[-6:]} claimed training that it had not done and was banned in round {self.round}, "
+            f"after {self.rounds_to_ban} rounds"
+        )
+
+
+def run_demo(out: Path, peers: int, rounds: int | None, *, cheater: bool = True) -> int:
+    """Run the demo and write its report; returns the exit code.
+
+    Args:
+        cheater: whether one more peer takes part that claims training which it did not do.
+
+    Raises:
+        LocalError: the peers ended with different states, the cheat was not banned, or somebody else was.
+    """
     interrupt_on_terminate()
     console = Console(highlight=False, soft_wrap=True)
+    if cheater:
+        _check_that_it_can_be_caught(peers, rounds)
     _empty(out)
     console.print(
         "[bold]p2pasr demo[/bold]: a bootstrap node and "
@@ -93,10 +145,21 @@ def run_demo(out: Path, peers: int, rounds: int | None) -> int:
         "The speech is synthetic (espeak-ng): it shows that the machinery works, not how well it recognises people.",
         soft_wrap=False,
     )
-    manifest = _make_run(out, peers, rounds)
+    if cheater:
+        console.print(
+            f"One more peer cheats: it trains one step in ten and claims them all. Here every claim is audited "
+            f"(verify.rate {AUDIT_RATE:g}), so that it is caught early; "
+            f"a run's default is {VerifySection().rate:g}. --no-cheater leaves it out.",
+            soft_wrap=False,
+        )
+    manifest = _make_run(out, peers, rounds, cheater)
     console.print(f"run {manifest.run_id.hex()[:16]}: {manifest.rounds.rounds} rounds, {len(manifest.shards)} shards")
-    board, processes = _train(out, manifest, peers, console)
+    board, processes, cheat = _train(out, manifest, peers, cheater, console)
     report = _score(out, manifest, processes, console)
+    verdict = None
+    if cheat is not None:
+        verdict = judge(cheat, processes)
+        report |= ban_report(verdict)
     report["seconds"] = round(time.monotonic() - board.started, 1)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     console.print(
@@ -105,9 +168,43 @@ def run_demo(out: Path, peers: int, rounds: int | None) -> int:
     console.print(
         f"curve:   {out / 'curve.png'}\nreport:  {out / 'report.json'}\nadapter: {report['adapter_dir']}", markup=False
     )
+    if verdict is not None:
+        console.print(f"caught:  {verdict}\nproof:   {verdict.evidence}", markup=False)
     if not report["state_digests_equal"]:
         raise LocalError("the peers ended with different states; their logs are in " + str(out / "swarm" / "logs"))
+    if cheat is not None and verdict is None:
+        raise LocalError(f"the peer that cheats was not banned; what the others said is in {out / 'swarm' / 'logs'}")
+    if innocent := board.banned.keys() - {verdict.peer if verdict else ""}:
+        raise LocalError(f"{len(innocent)} peers were banned that did not cheat; see {out / 'swarm'}")
     return 0
+
+
+def _check_that_it_can_be_caught(peers: int, rounds: int | None) -> None:
+    if peers < LEAST_PEERS or (rounds or LEAST_ROUNDS) < LEAST_ROUNDS:
+        raise LocalError(
+            f"a cheat is banned when more than half of a round's peers hold a proof, which takes {LEAST_PEERS} honest "
+            f"peers and up to {LEAST_ROUNDS} rounds; give more, or --no-cheater"
+        )
+
+
+def judge(cheat: Process, processes: Sequence[Process]) -> Verdict | None:
+    """What became of the cheat, from the events of all; None if it was not banned."""
+    peer = str(cheat.wait_for("ready")["peer"])
+    banned = [e["round"] for process in processes for e in process.seen("round") if peer in e["banned"]]
+    proofs = [e["path"] for process in processes for e in process.seen("evidence", peer=peer)]
+    took_part = [e["round"] for process in processes for e in process.seen("round") if peer in e["peers"]]
+    if not banned or not proofs:
+        return None
+    return Verdict(peer, banned[0], banned[0] - min(took_part) + 1, str(Path(proofs[0]).resolve()))
+
+
+def ban_report(verdict: Verdict | None) -> dict[str, Any]:
+    """What the report says about it."""
+    return {
+        "cheater_banned": verdict is not None,
+        "rounds_to_ban": None if verdict is None else verdict.rounds_to_ban,
+        "evidence": None if verdict is None else verdict.evidence,
+    }
 
 
 def _empty(out: Path) -> None:
@@ -121,8 +218,10 @@ def _empty(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def _make_run(out: Path, peers: int, rounds: int | None) -> RunManifest:
+def _make_run(out: Path, peers: int, rounds: int | None, cheater: bool) -> RunManifest:
     config = demo_config(peers, rounds)
+    if cheater:
+        config = config.model_copy(update={"verify": config.verify.model_copy(update={"rate": AUDIT_RATE})})
     prepare_speech(out)
     manifest = runs.new_run(config, out / "shards")
     manifest.write(out / "run.json")
@@ -154,18 +253,26 @@ def prepare_speech(out: Path, seed: int = 0) -> None:
             prepare(corpus, out / name, Settings(model, dialect="yue"), on_progress)
 
 
-def _train(out: Path, manifest: RunManifest, peers: int, console: Console) -> tuple[Board, list[Process]]:
+def _train(
+    out: Path, manifest: RunManifest, peers: int, cheater: bool, console: Console
+) -> tuple[Board, list[Process], Process | None]:
     board = Board(manifest.rounds.rounds)
     deadline = time.monotonic() + SECONDS_A_ROUND * (manifest.rounds.rounds + 1)
     with (
         Live(board, console=console, refresh_per_second=4, transient=False),
-        fleet_of(out / "swarm", out / "run.json", peers, out / "shards", board.on_event) as (_, processes),
+        fleet_of(out / "swarm", out / "run.json", peers, out / "shards", board.on_event) as (fleet, processes),
     ):
+        cheat = _start_cheat(fleet, out / "run.json") if cheater else None
         for process in processes:
             code = process.wait(max(deadline - time.monotonic(), 1.0))
             if code != 0:
                 raise TransportError(f"{process.name} ended with code {code}: {process.last_words()}")
-    return board, processes
+    return board, processes, cheat
+
+
+def _start_cheat(fleet: Fleet, run: Path) -> Process:
+    entry = fleet.processes[0].maddr
+    return fleet.peer(CHEAT, run, initial_peers=[entry], command=CHEAT_COMMAND)
 
 
 def _score(out: Path, manifest: RunManifest, processes: list[Process], console: Console) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from p2pasr.protocol.encoding import digest
 from p2pasr.protocol.manifest import VerifySection
@@ -40,11 +39,13 @@ def segments_to_rerun(
     """
     duties = []
     for claim in claims:
+        statement = claim.digest
         others = [each.message.peer for each in claims if each.message.peer != claim.message.peer]
-        drawn = sorted(others, key=partial(_draw, "auditor", after, claim.digest))[: section.auditors]
-        if auditor in drawn and _fraction(_draw("audit", after, claim.digest, auditor)) < section.rate:
-            segment = _number(_draw("audited-segment", after, claim.digest, auditor)) % claim.message.segments
-            duties.append(Duty(claim.message.peer, claim.digest, segment))
+        ranks = {peer: _draw("auditor", after, statement, peer) for peer in others}
+        drawn = sorted(others, key=ranks.__getitem__)[: section.auditors]
+        if auditor in drawn and _fraction(_draw("audit", after, statement, auditor)) < section.rate:
+            segment = _number(_draw("audited-segment", after, statement, auditor)) % claim.message.segments
+            duties.append(Duty(claim.message.peer, statement, segment))
     return tuple(duties)
 
 

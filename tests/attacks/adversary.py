@@ -1,6 +1,7 @@
-"""A peer that cheats: `python -m tests.attacks.adversary ATTACK [options of p2pasr.peer]`.
+"""Cheats, each an override of what an honest peer does: `python -m tests.attacks.adversary ATTACK [options of a peer]`.
 
-Each attack is one override of an honest peer's function; everything else it does like the others.
+An attack is given a `MonkeyPatch` and replaces what it needs; everything else the peer does like the others. In a
+process of its own it is never undone; in the arena it lasts for the cheat's part of a round.
 """
 
 from __future__ import annotations
@@ -11,45 +12,261 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
-from p2pasr import peer
+from p2pasr import auditing, peer
 from p2pasr import round as story
-from p2pasr.tasks.base import Checkpoint
-from p2pasr.tasks.lora import LoraTask
+from p2pasr.averaging.reducer import PartReducer
+from p2pasr.demo import cheat
+from p2pasr.protocol.assignment import segment_seed
+from p2pasr.protocol.encoding import blob_digest
+from p2pasr.protocol.messages import Accusation, Charge, PartReceipt, seal
+from p2pasr.protocol.tensors import Tensors
+from p2pasr.tasks.base import Checkpoint, SegmentPlan, SegmentReport, Task
+from p2pasr.verify.compare import Comparison
+
+Trained = tuple[Checkpoint, SegmentReport]
+Train = Callable[[Task, Checkpoint, Any, SegmentPlan], Trained]
 
 
-def sign_flip() -> None:
-    """Claims the opposite of what it trained, ten times as long."""
+# --- the delta is another than was trained ----------------------------------------------------------
+
+
+def scaled(factor: float) -> Callable[[pytest.MonkeyPatch], None]:
+    """Claims so many times what it trained."""
+
+    def attack(patch: pytest.MonkeyPatch) -> None:
+        honest = story.write_delta
+
+        def write_delta(member: Any, end: Checkpoint) -> Any:
+            before = member.state.params
+            params = {name: before[name] + np.float32(factor) * (end.params[name] - before[name]) for name in before}
+            return honest(member, dataclasses.replace(end, params=params))
+
+        patch.setattr(story, "write_delta", write_delta)
+        patch.setattr(story, "check_moves", lambda *_: None)
+
+    return attack
+
+
+def noise(patch: pytest.MonkeyPatch) -> None:
+    """Claims random values of the length of what it trained."""
     honest = story.write_delta
 
     def write_delta(member: Any, end: Checkpoint) -> Any:
-        before = member.state.params
-        flipped = {name: before[name] - np.float32(10) * (end.params[name] - before[name]) for name in before}
-        return honest(member, dataclasses.replace(end, params=flipped))
+        before, rng = member.state.params, np.random.default_rng(list(member.state.digest))
+        params = {name: before[name] + _like(end.params[name] - before[name], rng) for name in before}
+        return honest(member, dataclasses.replace(end, params=params))
 
-    story.write_delta = write_delta
-    story.check_moves = lambda *_: None
-
-
-def free_rider() -> None:
-    """Trains nothing and says that it did: its checkpoints differ a little from where it started."""
-
-    def segment(_self: LoraTask, start: Checkpoint, _shards: Any, plan: Any, on_step: Any = None) -> Any:
-        draw = np.random.default_rng(int.from_bytes(plan.seed[:8], "big"))
-        params = {
-            name: value + draw.standard_normal(value.shape).astype(np.float32) * np.float32(1e-4)
-            for name, value in start.params.items()
-        }
-        from p2pasr.tasks.base import SegmentReport
-
-        return Checkpoint(params, dict(start.moments), start.step + plan.steps), SegmentReport(1.0, 1)
-
-    LoraTask.segment = segment  # type: ignore[method-assign]
+    patch.setattr(story, "write_delta", write_delta)
+    patch.setattr(story, "check_moves", lambda *_: None)
 
 
-ATTACKS: dict[str, Callable[[], None]] = {"sign-flip": sign_flip, "free-rider": free_rider}
+def _like(moved: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return rng.normal(0.0, float(moved.std()) or 1e-6, moved.shape).astype(np.float32)
+
+
+# --- the training is another than was assigned --------------------------------------------------------
+
+
+def trains(train: Train, segments: Callable[[int], bool] = lambda _: True) -> Callable[[pytest.MonkeyPatch], None]:
+    """Trains its own segments, or some of them, in another way; when it audits others it does as it should."""
+
+    def attack(patch: pytest.MonkeyPatch) -> None:
+        honest = story.train
+
+        class Bent:
+            def __init__(self, task: Task) -> None:
+                self._task, self._number, self.hardware_class = task, -1, task.hardware_class
+
+            def segment(self, start: Checkpoint, shards: Any, plan: SegmentPlan, on_step: Any = None) -> Trained:
+                self._number += 1
+                if not segments(self._number):
+                    return self._task.segment(start, shards, plan, on_step)
+                return train(self._task, start, shards, plan)
+
+        def bent_train(member: Any, shards: Any, count: int) -> Any:
+            task, member.task = member.task, Bent(member.task)
+            try:
+                return honest(member, shards, count)
+            finally:
+                member.task = task
+
+        patch.setattr(story, "train", bent_train)
+
+    return attack
+
+
+def nothing(_task: Task, start: Checkpoint, _shards: Any, plan: SegmentPlan) -> Trained:
+    """Trains nothing: its checkpoints differ a little from where they start, so that they are not equal."""
+    rng = np.random.default_rng(list(plan.seed))
+    params = {name: _stir(value, rng) for name, value in start.params.items()}
+    return dataclasses.replace(start, params=params, step=start.step + plan.steps), SegmentReport(1.0, 1)
+
+
+def _stir(value: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return value + rng.standard_normal(value.shape).astype(np.float32) * np.float32(1e-4)
+
+
+def nothing_at_all(_task: Task, start: Checkpoint, _shards: Any, plan: SegmentPlan) -> Trained:
+    """Ends where it started: a delta of zeros."""
+    return dataclasses.replace(start, step=start.step + plan.steps), SegmentReport(1.0, 1)
+
+
+def one_step_less(task: Task, start: Checkpoint, shards: Any, plan: SegmentPlan) -> Trained:
+    """Skips the last step of each segment."""
+    end, report = task.segment(start, shards, dataclasses.replace(plan, steps=plan.steps - 1))
+    return dataclasses.replace(end, step=start.step + plan.steps), report
+
+
+def other_seed(task: Task, start: Checkpoint, shards: Any, plan: SegmentPlan) -> Trained:
+    """Draws other batches."""
+    return task.segment(start, shards, dataclasses.replace(plan, seed=segment_seed(plan.seed, "another", 0)))
+
+
+def easier_shards(task: Task, start: Checkpoint, shards: Any, plan: SegmentPlan) -> Trained:
+    """Trains on the first of its shards only, and names all."""
+    return task.segment(start, shards[:1], plan)
+
+
+def faster(task: Any, start: Checkpoint, shards: Any, plan: SegmentPlan) -> Trained:
+    """Learns at a rate 5 % higher than the run's; a step that momentum makes is as much longer."""
+    rate, task.learning_rate = task.learning_rate, task.learning_rate * np.float32(1.05)
+    try:
+        return task.segment(start, shards, plan)
+    finally:
+        task.learning_rate = rate
+
+
+def half_precision(task: Task, start: Checkpoint, shards: Any, plan: SegmentPlan) -> Trained:
+    """Trains in half precision where the run says float32."""
+    end, report = task.segment(Checkpoint(_rounded(start.params), _rounded(start.moments), start.step), shards, plan)
+    return Checkpoint(_rounded(end.params), _rounded(end.moments), end.step), report
+
+
+def _rounded(tensors: Tensors) -> Tensors:
+    return {name: value.astype(np.float16).astype(np.float32) for name, value in tensors.items()}
+
+
+def drifting(far: float) -> Train:
+    """Trains as it should and adds, at each end, so much of the way that it went in one direction."""
+
+    def train(task: Task, start: Checkpoint, shards: Any, plan: SegmentPlan) -> Trained:
+        end, report = task.segment(start, shards, plan)
+        params = {}
+        for name, value in end.params.items():
+            moved = float(np.linalg.norm(value - start.params[name]))
+            params[name] = value + np.float32(far * moved / value.size**0.5)
+        return dataclasses.replace(end, params=params), report
+
+    return train
+
+
+def flipped_labels(task: Any, start: Checkpoint, shards: Any, plan: SegmentPlan) -> Trained:
+    """Trains towards wrong answers."""
+    read = task.read
+    task.read = lambda paths: (read(paths)[0], (read(paths)[1] + 1) % 16)
+    try:
+        return task.segment(start, shards, plan)
+    finally:
+        del task.read
+
+
+class Copycat:
+    """Hands in what another peer trained a round ago as its own."""
+
+    def __init__(self) -> None:
+        self.seen: Checkpoint | None = None
+
+    def __call__(self, task: Task, start: Checkpoint, shards: Any, plan: SegmentPlan) -> Trained:
+        end, report = task.segment(start, shards, plan)
+        copied, self.seen = self.seen, end
+        return (end if copied is None else dataclasses.replace(end, params=copied.params)), report
+
+
+# --- reducers ----------------------------------------------------------------------------------------
+
+
+def wrong_code(patch: pytest.MonkeyPatch) -> None:
+    """Reduces its share rightly but for one code in one part."""
+    honest = PartReducer._reduce
+
+    def reduce(self: PartReducer, index: int, parts: dict[int, bytes]) -> PartReceipt:
+        if index != self.indices[0]:
+            return honest(self, index, parts)
+        kept: dict[int, bytes] = {}
+        keep, self.keep = self.keep, kept.__setitem__
+        receipt = honest(self, index, parts)
+        self.keep = keep
+        bent = kept[index][:-1] + bytes([kept[index][-1] ^ 1])
+        keep(index, bent)
+        return dataclasses.replace(receipt, result=blob_digest(bent))
+
+    patch.setattr(PartReducer, "_reduce", reduce)
+
+
+# --- around the audit ----------------------------------------------------------------------------------
+
+
+def withheld(patch: pytest.MonkeyPatch) -> None:
+    """Trains nothing and opens none of its claims."""
+    trains(nothing)(patch)
+    for module in (story, auditing):
+        patch.setattr(module, "offer", lambda _member: None)
+
+
+def false_accuser(patch: pytest.MonkeyPatch) -> None:
+    """Accuses every other peer with bytes that prove nothing, and speaks against them in its claim."""
+    honest = story.check_last_round
+
+    def check_last_round(member: Any) -> int:
+        done = honest(member)
+        charges = []
+        for other in sorted(member.state.credit.keys() - {member.peer}):
+            data = other.encode()
+            charges.append(Charge(other, member.store.put("proof", data), len(data)))
+            member.proved.add(other)
+        accusation = Accusation(member.state.run, member.peer, tuple(charges))
+        member.records.announce_accusation(seal(member.identity, accusation))
+        return done
+
+    patch.setattr(story, "check_last_round", check_last_round)
+
+
+def slanderer(patch: pytest.MonkeyPatch) -> None:
+    """Audits honestly but for the verdict: whatever it trained again, it calls different, with all that was opened."""
+    patch.setattr(auditing, "compare_ends", lambda *_: Comparison("different", 1.0))
+
+
+def lazy_auditor(patch: pytest.MonkeyPatch) -> None:
+    """Trains as it should and checks nobody."""
+    patch.setattr(story, "check_last_round", cheat.check_last_round)
+
+
+def demo_cheat(patch: pytest.MonkeyPatch) -> None:
+    """The demo's: one step of each segment, and no audits."""
+    patch.setattr(story, "train", cheat.train)
+    patch.setattr(story, "check_last_round", cheat.check_last_round)
+
+
+ATTACKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "demo-cheat": demo_cheat,
+    "false-accuser": false_accuser,
+    "free-rider": trains(nothing),
+    "lazy-auditor": lazy_auditor,
+    "noise": noise,
+    "one-segment": trains(nothing, lambda number: number == 0),
+    "other-seed": trains(other_seed),
+    "scaling": scaled(1.5),
+    "sign-flip": scaled(-10),
+    "slanderer": slanderer,
+    "skipped-step": trains(one_step_less),
+    "withheld": withheld,
+    "zero-delta": trains(nothing_at_all),
+}
+"""Those that any task can be attacked with, by the names that the command takes."""
 
 
 if __name__ == "__main__":
-    ATTACKS[sys.argv[1]]()
+    ATTACKS[sys.argv[1]](pytest.MonkeyPatch())
     sys.exit(peer.main(sys.argv[2:]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def folder() -> Iterator[Path]:
 def make_run(shards: Path, folder: Path) -> Callable[..., Path]:
     """Write the manifest of a quick run; keyword arguments change its `rounds` section."""
 
-    def make(name: str = "run", **rounds: Any) -> Path:
+    def make(name: str = "run", verify: Mapping[str, Any] | None = None, **rounds: Any) -> Path:
         config = RunConfig.model_validate(
             {
                 "name": name,
@@ -62,6 +62,7 @@ def make_run(shards: Path, folder: Path) -> Callable[..., Path]:
                     "grace_seconds": 15.0,
                     **rounds,
                 },
+                "verify": dict(verify or {}),
             }
         )
         manifest = new_run(config, shards)

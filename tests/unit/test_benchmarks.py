@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.attacks import Scene, audit_seconds, play, rounds_until, within_interval
 from benchmarks.chaos import Commit, divergent, rounds_to_be_back
 from benchmarks.links import lengths_of_steps
 
@@ -56,3 +57,33 @@ def test_a_step_lasts_until_the_next_and_the_first_round_is_left_out() -> None:
     events = [{"event": kind, "step": step, "time": time} for kind, step, time in told]
     lengths = lengths_of_steps(events)
     assert lengths == {"round": 1.0, "train": 8.0, "average": 4.0, "group": 4.0, "audit": 2.0}
+
+
+@given(probability=st.floats(0.01, 0.99), share=st.floats(0.01, 0.99), cheats=st.integers(1, 8))
+def test_by_the_predicted_round_so_many_runs_are_rid_of_all_cheats_and_not_a_round_earlier(
+    probability: float, share: float, cheats: int
+) -> None:
+    found_by = rounds_until(share, probability, cheats) - 1
+    rid = [(1 - (1 - probability) ** rounds) ** cheats for rounds in (found_by - 1, found_by)]
+    assert rid[0] < share + 1e-9
+    assert rid[1] > share - 1e-9
+
+
+@pytest.mark.parametrize(("found", "agrees"), [(40, True), (60, True), (35, False), (65, False)])
+def test_a_share_agrees_with_a_probability_within_two_standard_deviations(found: int, agrees: bool) -> None:
+    assert within_interval(found, 100, 0.5) is agrees
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_all_simulated_cheats_are_banned_and_nobody_else(seed: int) -> None:
+    tally = play(Scene(peers=6, cheats=2, cheated=4, rate=1.0), seed)
+    assert tally.honest_banned == 0
+    assert 2 <= tally.rounds <= 20
+    assert tally.found <= tally.claims
+
+
+def test_an_audit_lasts_from_its_step_to_what_it_found() -> None:
+    told = [("step", "training segment 1 of …x again", 1.0), ("audit", "segment", 4.0), ("audit", "part", 5.0)]
+    told += [("step", "training", 6.0), ("step", "training segment 2 of …y again", 7.0), ("audit", "segment", 9.0)]
+    events = [{"event": kind, "message": text, "what": text, "time": time} for kind, text, time in told]
+    assert audit_seconds(events) == 5.0

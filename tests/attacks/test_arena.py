@@ -1,0 +1,305 @@
+"""Every kind of cheat among honest peers, in one process: who is banned, when, and by what proof."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pytest
+
+from p2pasr import round as story
+from p2pasr.auditing import convict
+from p2pasr.errors import Ignore, LocalError, P2pasrError, Reject
+from p2pasr.protocol.messages import Accusation, Charge, seal
+from p2pasr.protocol.rules import check_claim
+from p2pasr.verify.conflict import Conflict
+from p2pasr.verify.evidence import ConflictProof, pack_proof
+from tests.attacks import adversary
+from tests.attacks.adversary import scaled, trains
+from tests.attacks.arena import Arena, Attack
+from tests.attacks.stranger import verdict
+from tests.attacks.tiny import TinyTask, held_out_loss
+from tests.unit.builders import make_identity
+
+CHEAT = 0
+PEERS = 4
+OFF = {"verify": {"rate": 0.0, "parts": 0}}
+
+CAUGHT_AT_ONCE: dict[str, Attack] = {
+    "zero delta": trains(adversary.nothing_at_all),
+    "free rider": trains(adversary.nothing),
+    "noise": adversary.noise,
+    "sign flip": scaled(-1),
+    "sign flip x10": scaled(-10),
+    "sign flip x1000": scaled(-1000),
+    "scaled by 1.05": scaled(1.05),
+    "scaled by 10": scaled(10),
+    "one step skipped": trains(adversary.one_step_less),
+    "the demo's": adversary.demo_cheat,
+    "learning rate 5 % higher": trains(adversary.faster),
+    "other batches": trains(adversary.other_seed),
+    "easier shards": trains(adversary.easier_shards),
+    "flipped labels": trains(adversary.flipped_labels),
+    "a reducer's wrong code": adversary.wrong_code,
+}
+NAMES = list(CAUGHT_AT_ONCE)
+
+MakeArena = Callable[..., Arena]
+
+
+@pytest.fixture
+def arena(tmp_path: Path) -> Iterator[MakeArena]:
+    """Opens arenas, each with a folder of its own, that are closed with the test."""
+    with ExitStack() as opened:
+
+        def make(attacks: dict[int, Attack] | None = None, peers: int = PEERS, **changes: Any) -> Arena:
+            folder = Path(mkdtemp(dir=tmp_path))
+            return opened.enter_context(Arena(folder, peers, attacks, **changes))
+
+        yield make
+
+
+def check_proofs(arena: Arena, cheats: set[int]) -> None:
+    """There are proofs, against cheats only, and each convinces a stranger from its bytes."""
+    proofs = arena.proofs()
+    assert {proof.accused for proof in proofs} == {arena.players[number].peer for number in cheats}
+    for proof in proofs:
+        assert verdict(arena.manifest, TinyTask(), arena.shards, pack_proof(proof))
+
+
+def losses_of(arena: Arena, rounds: int) -> float:
+    arena.play(rounds)
+    return held_out_loss(arena.state.params)
+
+
+def test_honest_peers_learn_and_nobody_is_banned(arena: MakeArena) -> None:
+    swarm = arena(peers=5)
+    before = held_out_loss(swarm.state.params)
+    assert losses_of(swarm, 8) < 0.8 * before
+    assert swarm.banned == set()
+    assert swarm.proofs() == []
+    found = {event["finding"] for player in swarm.players for event in player.member.report.seen("audit")}
+    assert found == {"same"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cheat_is_banned_in_the_round_after_with_a_proof_that_convinces_strangers(
+    arena: MakeArena, name: str
+) -> None:
+    swarm = arena({CHEAT: CAUGHT_AT_ONCE[name]})
+    swarm.play(2)
+    assert swarm.banned == {CHEAT}
+    check_proofs(swarm, {CHEAT})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_audits_the_same_cheat_stays_and_earns_as_much_as_the_others(arena: MakeArena, name: str) -> None:
+    swarm = arena({CHEAT: CAUGHT_AT_ONCE[name]}, **OFF)
+    swarm.play(3)
+    assert swarm.banned == set()
+    assert len(set(swarm.state.credit.values())) == 1
+
+
+def test_without_audits_flipped_signs_keep_the_others_from_learning(arena: MakeArena) -> None:
+    audited = losses_of(arena({CHEAT: scaled(-10)}), 8)
+    unaudited = losses_of(arena({CHEAT: scaled(-10)}, **OFF), 8)
+    assert unaudited > 1.2 * audited
+
+
+def test_without_audits_a_wrong_code_of_a_reducer_is_everybodys_state(arena: MakeArena) -> None:
+    honest, bent = arena(**OFF), arena({CHEAT: adversary.wrong_code}, **OFF)
+    honest.play(1)
+    bent.play(1)
+    assert not np.array_equal(honest.state.params["weights"], bent.state.params["weights"])
+
+
+def test_what_another_peer_trained_is_no_work_of_ones_own(arena: MakeArena) -> None:
+    swarm = arena({CHEAT: trains(adversary.Copycat())})
+    swarm.play(3)  # in its first segment it has nothing to copy yet
+    assert swarm.banned == {CHEAT}
+    check_proofs(swarm, {CHEAT})
+
+
+@pytest.mark.parametrize("segment", range(4))
+def test_one_cheated_segment_of_four_is_found_when_it_is_drawn(arena: MakeArena, segment: int) -> None:
+    swarm = arena({CHEAT: trains(adversary.nothing, lambda number: number % 4 == segment)})
+    assert swarm.rounds_to_ban(CHEAT, most=30) >= 2
+    assert swarm.banned == {CHEAT}
+    check_proofs(swarm, {CHEAT})
+
+
+def test_a_peer_that_was_honest_for_long_is_banned_as_soon_as_it_cheats(arena: MakeArena) -> None:
+    swarm = arena()
+    swarm.play(10)
+    swarm.players[CHEAT].attack = scaled(-10)
+    assert swarm.rounds_to_ban(CHEAT, most=2) == 2
+    check_proofs(swarm, {CHEAT})
+
+
+def test_a_minority_of_cheats_is_banned_and_the_rest_learn(arena: MakeArena) -> None:
+    cheats = {0: scaled(-10), 1: trains(adversary.nothing)}
+    swarm = arena(dict(cheats), peers=5)
+    loss = losses_of(swarm, 8)
+    assert swarm.banned == {0, 1}
+    check_proofs(swarm, {0, 1})
+    assert loss < 0.9 * losses_of(arena(dict(cheats), peers=5, **OFF), 8)
+
+
+def test_an_auditor_that_checks_nobody_does_not_keep_the_others_from_it(arena: MakeArena) -> None:
+    swarm = arena({CHEAT: trains(adversary.nothing), 1: adversary.lazy_auditor})
+    assert swarm.rounds_to_ban(CHEAT, most=20) >= 2
+    assert swarm.banned == {CHEAT}
+
+
+# --- accusations ------------------------------------------------------------------------------------------
+
+
+def test_accusations_without_proof_ban_nobody(arena: MakeArena) -> None:
+    swarm = arena({CHEAT: adversary.false_accuser})
+    swarm.play(4)
+    assert swarm.banned == set()
+    assert swarm.proofs() == []
+    assert any(player.work.claim.message.against for player in swarm.players)
+    said = [event["message"] for event in swarm.players[1].member.report.seen("warning")]
+    assert any("without proof" in sentence for sentence in said)
+
+
+def test_a_complete_proof_of_an_honest_segment_is_trained_again_and_refused(arena: MakeArena) -> None:
+    swarm = arena({CHEAT: adversary.slanderer})
+    swarm.play(6)
+    assert swarm.proofs()
+    for proof in swarm.proofs():
+        with pytest.raises(Reject, match="the segment, trained again, is same"):
+            verdict(swarm.manifest, TinyTask(), swarm.shards, pack_proof(proof))
+    assert swarm.banned == set()
+
+
+def test_whoever_was_heard_once_without_proof_is_not_heard_again(arena: MakeArena) -> None:
+    swarm = arena({CHEAT: adversary.slanderer})
+    swarm.play(6)
+    assert len(swarm.proofs()) > 1
+    for player in swarm.players[1:]:
+        warned = [event for event in player.member.report.seen("warning") if "without proof" in event["message"]]
+        assert len(warned) <= 1
+
+
+def test_accusations_by_keys_of_which_nothing_was_merged_are_not_even_fetched(arena: MakeArena) -> None:
+    swarm = arena()
+    swarm.play(1)
+    stranger = make_identity(99)
+    charge = Charge(swarm.players[0].peer, bytes(32), 1000)
+    accusation = seal(stranger, Accusation(swarm.state.run, stranger.peer, (charge,)))
+    swarm.publish("accusation", "all", stranger.peer, accusation.pack())
+    swarm.play(2)
+    assert [event for player in swarm.players for event in player.member.report.seen("warning")] == []
+
+
+def test_only_a_majority_that_lies_can_ban_an_honest_peer(arena: MakeArena) -> None:
+    few = arena({0: adversary.false_accuser, 1: adversary.false_accuser}, peers=5)
+    few.play(3)
+    assert few.banned == set()
+    many = arena(dict.fromkeys(range(3), adversary.false_accuser), peers=5)
+    many.play(3)
+    assert many.banned & {3, 4}
+
+
+def test_a_proof_of_which_any_byte_was_changed_convicts_nobody(arena: MakeArena) -> None:
+    swarm = arena({CHEAT: scaled(-10)})
+    swarm.play(2)
+    packed = pack_proof(swarm.proofs()[0])
+    for position in np.linspace(0, len(packed) - 1, 200).astype(int):
+        changed = packed[:position] + bytes([packed[position] ^ 1]) + packed[position + 1 :]
+        with pytest.raises(P2pasrError):
+            verdict(swarm.manifest, TinyTask(), swarm.shards, changed)
+    assert verdict(swarm.manifest, TinyTask(), swarm.shards, packed)
+
+
+def test_a_reducer_that_signs_two_results_is_banned(arena: MakeArena) -> None:
+    swarm = arena()
+    swarm.play(1)
+    witness, cheat = swarm.players[1].member, swarm.players[CHEAT].member
+    record = story.RoundRecord.unpack(witness.journal.read_record(0))
+    first = next(receipt for receipt in record.receipts if receipt.message.peer == cheat.peer)
+    part, *others = first.message.parts
+    second = seal(cheat.identity, replace(first.message, parts=(replace(part, result=bytes(32)), *others)))
+    convict(witness, ConflictProof(Conflict(first, second)), "two results")
+    swarm.play(1)
+    assert swarm.banned == {CHEAT}
+    check_proofs(swarm, {CHEAT})
+
+
+# --- after the ban ----------------------------------------------------------------------------------------
+
+
+def test_a_banned_key_is_told_so_and_neither_heard_nor_averaged_when_it_comes_again(arena: MakeArena) -> None:
+    swarm = arena({CHEAT: scaled(-10)})
+    swarm.play(2)
+    out, other = swarm.players[CHEAT], swarm.players[1].member
+    with pytest.raises(LocalError, match="this peer was banned from the run in round 1: more than half"):
+        story.ready_to_train(out.member)
+    shards = story.assign_shards(out.member)
+    work = story.commit(out.member, shards, *story.train(out.member, shards, 1))
+    assert out.peer not in other.records.claims(other.view)
+    with pytest.raises(Ignore, match="was banned in round 1"):
+        check_claim(work.claim.message, other.view)
+    story.publish_attestation(out.member, out.member.state)
+    assert out.peer not in story.attestations(other)
+    swarm.play(2)
+    assert out.peer not in {claim.message.peer for claim in last_record(swarm, 1).members}
+
+
+def last_record(swarm: Arena, position: int) -> story.RoundRecord:
+    member = swarm.players[position].member
+    return story.RoundRecord.unpack(member.journal.read_record(member.state.round - 1))
+
+
+def test_a_ban_is_for_good(arena: MakeArena) -> None:
+    swarm = arena({CHEAT: scaled(-10)})
+    swarm.play(2)
+    bans = swarm.state.bans
+    swarm.play(3)
+    assert swarm.state.bans == bans == {swarm.players[CHEAT].peer: 1}
+
+
+# --- what is not answered yet -------------------------------------------------------------------------------
+
+
+def test_a_peer_that_opens_nothing_is_reported_and_stays(arena: MakeArena) -> None:
+    swarm = arena({CHEAT: adversary.withheld})
+    swarm.play(4)
+    found = [e for p in swarm.players[1:] for e in p.member.report.seen("audit") if e["peer"] == swarm.players[0].peer]
+    assert {event["finding"] for event in found if event["what"] == "segment"} == {"unavailable"}
+    assert swarm.banned == set()
+
+
+def test_a_drift_below_the_limit_stays_and_does_little(arena: MakeArena) -> None:
+    swarm = arena({CHEAT: trains(adversary.drifting(0.009))})
+    loss, honest = losses_of(swarm, 8), losses_of(arena(), 8)
+    assert swarm.banned == set()
+    assert loss < 1.05 * honest
+
+
+def test_of_two_peers_neither_can_ban_the_other(arena: MakeArena) -> None:
+    swarm = arena({CHEAT: scaled(-10)}, peers=2)
+    swarm.play(4)
+    assert swarm.proofs()
+    assert swarm.banned == set()
+
+
+def test_rounding_as_on_other_hardware_is_nobodys_fault(arena: MakeArena) -> None:
+    swarm = arena({CHEAT: trains(adversary.drifting(1e-4))})
+    swarm.play(6)
+    found = [e for p in swarm.players[1:] for e in p.member.report.seen("audit") if e["peer"] == swarm.players[0].peer]
+    assert {event["finding"] for event in found if event["what"] == "segment"} == {"close"}
+    assert swarm.banned == set()
+
+
+def test_half_precision_lies_where_nobody_can_tell(arena: MakeArena) -> None:
+    swarm = arena({CHEAT: trains(adversary.half_precision)})
+    swarm.play(6)
+    assert swarm.banned == set()
