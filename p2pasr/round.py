@@ -252,6 +252,13 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixed(Result):
+    """The same of a round that mixed cohorts, with what mates stated of the shares that they reduced."""
+
+    receipts: tuple[Signed[Receipt], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Averaged(Result):
     """The same of a round that was trained, with how it came about."""
 
@@ -983,13 +990,14 @@ def mix_cohorts(member: Member) -> bool:
             parts = agree_on_mix(member, ours, tally)
             if parts is None:
                 return False
+            receipts: tuple[Signed[Receipt], ...] = ()
             if member.cohort.index in {part.index for part in parts}:
-                after = exchange(member, ours, tally, parts, alone=attempt > 0)
+                after, receipts = exchange(member, ours, tally, parts, alone=attempt > 0)
             else:
                 after = catch_up(member, ours, tally)
             mates = tally.stated[member.cohort.index]
             voters = {peer for peer, mix in mates.items() if mix.state == member.state.digest}
-            result = Result(after, frozenset(voters | {member.peer}))
+            result = Mixed(after, frozenset(voters | {member.peer}), receipts)
             seen = attest(member, result)
         except (TransportError, RemoteError) as error:
             reasons.append(str(error))
@@ -1113,11 +1121,16 @@ def look_at_cohorts(member: Member, tally: Tally) -> None:
     at_once(read, [Cohort(bits, index) for index in range(1 << bits)])
 
 
-def exchange(member: Member, ours: Contribution, tally: Tally, parts: tuple[Part, ...], *, alone: bool) -> State:
+def exchange(
+    member: Member, ours: Contribution, tally: Tally, parts: tuple[Part, ...], *, alone: bool
+) -> tuple[State, tuple[Signed[Receipt], ...]]:
     """Mix the cohorts' deltas together with our mates, and apply the mean to the common state.
 
     Args:
         alone: whether this peer computes all of it by itself, because together it did not come to the same.
+
+    Returns:
+        The mixed state, and what mates stated of the shares that they reduced.
     """
     number, common = member.state.round, ours.common
     member.step("average", f"round {number}: mixing {len(parts)} cohorts")
@@ -1140,7 +1153,8 @@ def exchange(member: Member, ours: Contribution, tally: Tally, parts: tuple[Part
     ]
     delta = Decoded(member.store.get(answer["average"]), layout, member.like)
     after = mixing.mixed(common, member.manifest, number, [part.state for part in parts], ledgers, delta)
-    return _finite(after)
+    receipts = tuple(unseal(data, Receipt, MAX_RECEIPT_BYTES) for data in answer["receipts"])
+    return _finite(after), receipts
 
 
 def givers_of(tally: Tally, part: Part) -> set[str]:
@@ -1183,7 +1197,7 @@ def _finite(state: State) -> State:
     return state
 
 
-def settle_mix(member: Member, result: Result, seen: tuple[Signed[Attestation], ...]) -> None:
+def settle_mix(member: Member, result: Mixed, seen: tuple[Signed[Attestation], ...]) -> None:
     """A mix is committed: keep its record, hold its state, and say so."""
     finished, cohort, after = member.state.round, member.cohort, result.after
     record = MixRecord(
@@ -1196,6 +1210,7 @@ def settle_mix(member: Member, result: Result, seen: tuple[Signed[Attestation], 
         credit=after.credit,
         bans=after.bans,
         bits=after.bits,
+        receipts=result.receipts,
         attestations=seen,
     )
     member.journal.record(finished, record.pack())
@@ -1225,7 +1240,7 @@ def conclude(member: Member, result: Result, seen: tuple[Signed[Attestation], ..
     if isinstance(result, Averaged):
         audit(member, result, seen)
         settle(member, result)
-    else:
+    elif isinstance(result, Mixed):
         settle_mix(member, result, seen)
 
 

@@ -113,6 +113,7 @@ class MixRecord:
         before, after: digests of the cohort's states before and after the mix.
         next_round: the round that begins with the state after it.
         covered, credit, bans, bits: as in that state.
+        receipts: what mates stated of the shares that they reduced for this peer.
         attestations: those for `after` that were seen when the mix was committed.
     """
 
@@ -125,12 +126,15 @@ class MixRecord:
     credit: dict[str, float]
     bans: dict[str, int]
     bits: int
+    receipts: tuple[Signed[Receipt], ...]
     attestations: tuple[Signed[Attestation], ...]
 
     def pack(self) -> bytes:
         """The record's bytes."""
-        fields = {field: getattr(self, field) for field in _PackedMix.model_fields if field != "attestations"}
-        return pack({**fields, "attestations": [attestation.pack() for attestation in self.attestations]})
+        fields = {field: getattr(self, field) for field in _PackedMix.model_fields}
+        fields["receipts"] = [receipt.pack() for receipt in self.receipts]
+        fields["attestations"] = [attestation.pack() for attestation in self.attestations]
+        return pack(fields)
 
     def merged(self) -> tuple[Claim, ...]:
         """The claims that a mix merges: none."""
@@ -147,8 +151,10 @@ def read_record(data: bytes) -> RoundRecord | MixRecord:
     if not isinstance(content, dict) or "next_round" not in content:
         return RoundRecord.unpack(data)
     packed = _validated(_PackedMix, content)
-    fields = {field: getattr(packed, field) for field in _PackedMix.model_fields if field != "attestations"}
-    return MixRecord(**fields, attestations=tuple(unseal(item, Attestation) for item in packed.attestations))
+    fields = {field: getattr(packed, field) for field in _PackedMix.model_fields}
+    fields["receipts"] = tuple(unseal(item, Receipt, MAX_RECEIPT_BYTES) for item in packed.receipts)
+    fields["attestations"] = tuple(unseal(item, Attestation) for item in packed.attestations)
+    return MixRecord(**fields)
 
 
 class _PackedMix(BaseModel):
@@ -165,6 +171,7 @@ class _PackedMix(BaseModel):
     credit: dict[str, float]
     bans: dict[str, int]
     bits: Annotated[int, Ge(0), Le(MAX_BITS)]
+    receipts: tuple[bytes, ...]
     attestations: tuple[bytes, ...]
 
 
@@ -241,6 +248,9 @@ def check_mix_record(record: MixRecord, manifest: RunManifest, number: int, stat
         raise Reject(f"no cohorts are mixed in round {number}")
     if record.next_round not in (number + 1, number + 2):
         raise Reject(f"a mix in round {number} does not lead to round {record.next_round}")
+    for receipt in (signed.message for signed in record.receipts):
+        if (receipt.run, receipt.round, receipt.state) != (record.run, record.round, record.before):
+            raise Reject(f"the receipt of {short(receipt.peer)} is about another mix")
     _check_attestations(record, manifest)
 
 

@@ -11,7 +11,7 @@ from p2pasr.errors import Reject
 from p2pasr.protocol.assignment import assign
 from p2pasr.protocol.cohorts import Cohort
 from p2pasr.protocol.encoding import pack, unpack
-from p2pasr.protocol.messages import Attestation, Claim, Signed, seal
+from p2pasr.protocol.messages import Attestation, Claim, Receipt, Signed, seal
 from p2pasr.protocol.state import State, advance, mix_due
 from p2pasr.verify.lineage import Checked, follow
 from p2pasr.verify.record import MixRecord, RoundRecord, check_mix_record, read_record
@@ -106,6 +106,7 @@ def crowded(onwards: int) -> tuple[State, list[RoundRecord | MixRecord]]:
                 "credit": after.credit,
                 "bans": {},
                 "bits": after.bits,
+                "receipts": (mix_receipt(state),),
                 "attestations": seen,
             }
             records.append(MixRecord(CROWD.run_id, state.round, state.digest, after.digest, after.round, **fields))
@@ -118,6 +119,12 @@ def crowded(onwards: int) -> tuple[State, list[RoundRecord | MixRecord]]:
             line.insert(0, digest_of("the mixed state"))
         state = after
     return start, records
+
+
+def mix_receipt(state: State, **changes: Any) -> Signed[Receipt]:
+    """What a mate states of the share that it reduced."""
+    receipt = make_receipt(HALF[0], state, [], {0: b"a part"}, {0: [0, 1]}, **changes)
+    return seal(HALF[0], dataclasses.replace(receipt, members=(digest_of("one state"), digest_of("other state"))))
 
 
 def shards_of(peer: str, state: State) -> tuple[bytes, ...]:
@@ -154,6 +161,7 @@ def test_the_chain_of_a_cohort_holds_through_a_mix(onwards: int) -> None:
         ({"round": 2}, "not of this one"),
         ({"next_round": 6}, "does not lead to round 6"),
         ({"attestations": ()}, "nobody attests"),
+        ({"receipts": (mix_receipt(make_state(CROWD)),)}, "is about another mix"),
         ({"after": digest_of("elsewhere")}, "attests another state"),
     ],
 )
