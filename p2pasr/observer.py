@@ -27,10 +27,11 @@ from p2pasr.errors import RemoteError, TransportError
 from p2pasr.peers.sync import fetch_state
 from p2pasr.protocol.agreement import agree
 from p2pasr.protocol.audits import Duty
+from p2pasr.protocol.cohorts import cohort_of
 from p2pasr.protocol.messages import Attestation, Claim, Finding, Signed
 from p2pasr.protocol.rules import RoundView
 from p2pasr.protocol.signing import short
-from p2pasr.protocol.state import parse_state
+from p2pasr.protocol.state import mix_due, parse_state
 from p2pasr.round import Member, attestations_around
 from p2pasr.verify.record import MAX_RECORD_BYTES, RoundRecord, check_record
 
@@ -184,10 +185,14 @@ def find_record(member: Member, line: Line, number: int) -> RoundRecord:
     The state before the round is in the store afterwards.
 
     Raises:
-        TransportError: nobody gives one.
+        TransportError: nobody gives one, or the round mixed cohorts.
     """
     state = fetch_state(member.link, member.store, member.manifest, member.like, line.states[number], line.peers)
-    view = RoundView(member.manifest, state.run, state.round, state.digest, state.covered, state.credit, state.bans)
+    if mix_due(state, member.manifest):
+        raise TransportError("cohorts were mixed in it, and nothing was trained")
+    cohort = cohort_of(state.run, line.peers[0], state.bits)
+    ledger = state.covered, state.credit, state.bans
+    view = RoundView(member.manifest, state.run, state.round, state.digest, *ledger, cohort)
     for peer in line.peers:
         try:
             named = member.link.call("record", ASK_SECONDS, peer=peer, round=number)["digest"]

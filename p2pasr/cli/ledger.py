@@ -62,14 +62,14 @@ def rank(saved: SavedRun) -> list[dict[str, Any]]:
     from p2pasr.peers.journal import Journal
     from p2pasr.protocol.messages import Audit, unseal
     from p2pasr.verify.evidence import unpack_proof
-    from p2pasr.verify.record import RoundRecord
+    from p2pasr.verify.record import read_record
 
     state = saved.state(None, None)
     merged: dict[str, list[int]] = {}
     checked: dict[str, Counter[str]] = {}
     proofs: dict[str, list[str]] = {}
     try:
-        for record in map(RoundRecord.unpack, Journal.read_records(saved.folder)):
+        for record in map(read_record, Journal.read_records(saved.folder)):
             for claim in record.merged():
                 merged.setdefault(claim.peer, []).append(record.round)
         for packed in Journal.read_audits(saved.folder):
