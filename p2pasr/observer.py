@@ -93,14 +93,14 @@ def watch(member: Member, first: int, last: int, rate: float) -> Iterator[Look]:
             continue
         heard = time.monotonic()
         ready = [number for number in open_rounds(member, line) if first <= number <= last and number not in done]
-        for number in ready:
-            done.add(number)
-            yield from check_round(member, line, number, rate)
+        if ready:
+            done.add(ready[0])
+            yield from check_round(member, line, ready[0], rate)
+            continue  # what else was open may be so no longer
         if line.round > last + 1 or line.round >= member.manifest.rounds.rounds:
             return
-        if not ready:
-            member.report.wait(f"the run is in round {line.round}; waiting for the next one that its peers open")
-            time.sleep(POLL_SECONDS)
+        member.report.wait(f"the run is in round {line.round}; waiting for the next one that its peers open")
+        time.sleep(POLL_SECONDS)
 
 
 def line_of(votes: Sequence[Attestation]) -> Line | None:

@@ -41,7 +41,7 @@ def calibrate(
     manifest, _ = runs.read_run(run)
     manifest = manifest or runs.open_run(run, state_dir).manifest
     task = runs.build_task(manifest, device, model)
-    states = _states(run, state_dir, runs.initial_state(manifest, task))
+    states = starting_states(run, state_dir, runs.initial_state(manifest, task))
     files = runs.shard_paths(shards)
     own, *others = calibration.classes_here(device)
     measured: list[Measured] = []
@@ -75,17 +75,18 @@ def calibrate(
         )
 
 
-def _states(run: str, state_dir: Path | None, first: State) -> list[State]:
-    """The first state, and the newest that this machine holds."""
+def starting_states(run: str, state_dir: Path | None, first: State) -> list[State]:
+    """The first state, and the newest that this machine holds of those that a round starts from."""
     from p2pasr import runs
 
     try:
-        newest = runs.open_run(run, state_dir).state(None, first.params)
+        saved = runs.open_run(run, state_dir)
     except LocalError:
         if state_dir is not None:
             raise
         return [first]
-    return [first, newest] if newest.round > 0 else [first]
+    later = [number for number in saved.held if 0 < number < saved.manifest.rounds.rounds]
+    return [first, saved.state(max(later), first.params)] if later else [first]
 
 
 def _show(manifest: RunManifest, hardware: str, measured: list[Measured], verdict: Verdict, as_json: bool) -> None:

@@ -19,6 +19,7 @@ from p2pasr.averaging.codec import Flat, Layout
 from p2pasr.averaging.merkle import Tree, part_digests
 from p2pasr.averaging.rules import norm
 from p2pasr.cli.audit import parse_rounds, show
+from p2pasr.cli.calibrate import starting_states as starts
 from p2pasr.errors import LocalError
 from p2pasr.observer import Look
 from p2pasr.peers.blobs import BlobStore
@@ -361,6 +362,24 @@ def test_checks_are_shown_as_a_table_and_as_json(capsys: pytest.CaptureFixture[s
 
 
 # --- calibrate ------------------------------------------------------------------------------------
+
+
+def test_a_calibration_starts_from_the_first_state_and_the_newest_that_is_trained_from(tmp_path: Path) -> None:
+    manifest = make_manifest(rounds={"rounds": 2})
+    first = make_state(manifest)
+    manifest.write(tmp_path / "run.json")
+    run = str(tmp_path / "run.json")
+    with pytest.raises(LocalError, match="knows nothing of run"):
+        starts(run, tmp_path / "home", first)
+    folder = runs.run_folder(tmp_path / "home", manifest.run_id)
+    journal, store = Journal(folder), BlobStore(folder / "blobs")
+    states = [first]
+    for number in range(3):
+        assert [state.round for state in starts(run, tmp_path / "home", first)] == [0, 1][: max(1, number)]
+        journal.hold(number, store.put("state", states[-1].blob))
+        states.append(advance(states[-1], manifest, [], first.params, {}))
+    assert [state.round for state in starts(run, tmp_path / "home", first)] == [0, 1]
+    journal.close()
 
 
 def test_a_calibration_trains_in_other_classes_and_proposes_a_limit(

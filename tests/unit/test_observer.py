@@ -289,3 +289,29 @@ def test_rounds_beyond_the_attested_line_are_not_open(tmp_path: Path, store: Blo
     member: Any = Member(manifest, WATCHER, none, none, store, journal, none, none, state.params, state)
     line = Line(6, {4: b"4", 5: b"5", 6: b"6"}, ())
     assert open_rounds(member, line) == [4]
+
+
+def test_rounds_are_watched_as_they_open_and_what_closed_meanwhile_is_passed_over(
+    store: BlobStore, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Passing:
+        """A directory in which the run goes on whenever somebody looks."""
+
+        def __init__(self) -> None:
+            self.heads = iter([1, 2, 2, 3, 6, 7, 8])
+
+        def attestations(self, _manifest: Any) -> dict[str, Any]:
+            return {vote.peer: seal(make_identity(n + 1), vote) for n, vote in enumerate(votes(next(self.heads)))}
+
+    checked: list[int] = []
+
+    def check(_member: Any, _line: Line, number: int, _rate: float) -> list[Look]:
+        checked.append(number)
+        return []
+
+    monkeypatch.setattr(observer, "check_round", check)
+    monkeypatch.setattr(observer, "POLL_SECONDS", 0.0)
+    records, none = Passing(), Any
+    member: Any = Member(MANIFEST, WATCHER, none, none, store, journal, records, Report("json"), STATE.params, STATE)  # type: ignore[arg-type]
+    assert list(observer.watch(member, 0, 5, 1.0)) == []
+    assert checked == [0, 1, 4, 5]
