@@ -15,19 +15,21 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.merkle import Tree
 from p2pasr.averaging.partfile import PartFile
 from p2pasr.errors import LocalError, Reject, TransportError
 from p2pasr.peers import streams
-from p2pasr.peers.host import Host
 from p2pasr.peers.streams import Stream
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RunManifest, parse_manifest
 from p2pasr.protocol.messages import Claim, Commitment, Signed, unseal
 from p2pasr.protocol.signing import short
+
+if TYPE_CHECKING:
+    from p2pasr.peers.host import Host
 
 OFFER_SECONDS: Final = 10.0
 """How long a claim that is not open yet is waited for."""
