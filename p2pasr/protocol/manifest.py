@@ -168,7 +168,7 @@ class VerifySection(_Section):
     """Members of a round that may be drawn to audit each of its claims."""
     parts: Annotated[int, Field(ge=0, le=64)] = 1
     """Parts of each reducer's share that its auditors reduce again, bit for bit."""
-    close: Annotated[float, Field(gt=0, lt=1)] = 2e-4
+    close: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     """A re-run on other hardware whose relative error is at most this is taken for the same."""
     far: Annotated[float, Field(gt=0, lt=1)] = 1e-2
     """From this error on it is proof of cheating; between the two nobody can tell, and nobody is blamed."""
