@@ -294,14 +294,11 @@ def test_rounds_beyond_the_attested_line_are_not_open(tmp_path: Path, store: Blo
 def test_rounds_are_watched_as_they_open_and_what_closed_meanwhile_is_passed_over(
     store: BlobStore, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Passing:
-        """A directory in which the run goes on whenever somebody looks."""
+    heads = iter([1, 2, 2, 3, 6, 7, 8])
 
-        def __init__(self) -> None:
-            self.heads = iter([1, 2, 2, 3, 6, 7, 8])
-
-        def attestations(self, _manifest: Any) -> dict[str, Any]:
-            return {vote.peer: seal(make_identity(n + 1), vote) for n, vote in enumerate(votes(next(self.heads)))}
+    def look(_member: Any) -> dict[str, Any]:
+        """A run that goes on whenever somebody looks."""
+        return {vote.peer: seal(make_identity(n + 1), vote) for n, vote in enumerate(votes(next(heads)))}
 
     checked: list[int] = []
 
@@ -309,9 +306,10 @@ def test_rounds_are_watched_as_they_open_and_what_closed_meanwhile_is_passed_ove
         checked.append(number)
         return []
 
+    monkeypatch.setattr(observer, "attestations_around", look)
     monkeypatch.setattr(observer, "check_round", check)
     monkeypatch.setattr(observer, "POLL_SECONDS", 0.0)
-    records, none = Passing(), Any
-    member: Any = Member(MANIFEST, WATCHER, none, none, store, journal, records, Report("json"), STATE.params, STATE)  # type: ignore[arg-type]
+    none = Any
+    member: Any = Member(MANIFEST, WATCHER, none, none, store, journal, none, Report("json"), STATE.params, STATE)
     assert list(observer.watch(member, 0, 5, 1.0)) == []
     assert checked == [0, 1, 4, 5]
