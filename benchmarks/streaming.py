@@ -64,7 +64,7 @@ def _measure(values: int, peers: int, codec: str) -> Row:
         for index in range(peers):
             after = _trained(before, index)
             with _Peak(None) as peak:
-                encoded = write_delta(_member(swarm, index, before), before.params, after)
+                encoded = write_delta(_member(swarm, index, before), before, after)
             commit_peaks.append(peak.bytes)
             commit_seconds.append(peak.seconds)
             calls.append(swarm.call(index, 0, encoded.digest, encoded.parts, encoded.norm))

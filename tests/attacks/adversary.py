@@ -38,10 +38,9 @@ def scaled(factor: float) -> Callable[[pytest.MonkeyPatch], None]:
     def attack(patch: pytest.MonkeyPatch) -> None:
         honest = story.write_delta
 
-        def write_delta(member: Any, end: Checkpoint) -> Any:
-            before = member.state.params
-            params = {name: before[name] + np.float32(factor) * (end.params[name] - before[name]) for name in before}
-            return honest(member, dataclasses.replace(end, params=params))
+        def write_delta(member: Any, before: Tensors, after: Tensors) -> Any:
+            claimed = {name: before[name] + np.float32(factor) * (after[name] - before[name]) for name in before}
+            return honest(member, before, claimed)
 
         patch.setattr(story, "write_delta", write_delta)
         patch.setattr(story, "check_moves", lambda *_: None)
@@ -53,10 +52,10 @@ def noise(patch: pytest.MonkeyPatch) -> None:
     """Claims random values of the length of what it trained."""
     honest = story.write_delta
 
-    def write_delta(member: Any, end: Checkpoint) -> Any:
-        before, rng = member.state.params, np.random.default_rng(list(member.state.digest))
-        params = {name: before[name] + _like(end.params[name] - before[name], rng) for name in before}
-        return honest(member, dataclasses.replace(end, params=params))
+    def write_delta(member: Any, before: Tensors, after: Tensors) -> Any:
+        rng = np.random.default_rng(list(member.state.digest))
+        claimed = {name: before[name] + _like(after[name] - before[name], rng) for name in before}
+        return honest(member, before, claimed)
 
     patch.setattr(story, "write_delta", write_delta)
     patch.setattr(story, "check_moves", lambda *_: None)
@@ -227,7 +226,7 @@ def false_accuser(patch: pytest.MonkeyPatch) -> None:
             charges.append(Charge(other, member.store.put("proof", data), len(data)))
             member.proved.add(other)
         accusation = Accusation(member.state.run, member.peer, tuple(charges))
-        member.records.announce_accusation(seal(member.identity, accusation))
+        member.records.announce_accusation(seal(member.identity, accusation), member.cohort)
         return done
 
     patch.setattr(story, "check_last_round", check_last_round)

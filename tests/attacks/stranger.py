@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from p2pasr.auditing import train_segment
 from p2pasr.protocol.manifest import RunManifest, read_manifest
 from p2pasr.protocol.messages import Claim
-from p2pasr.protocol.state import parse_state
+from p2pasr.protocol.state import State
 from p2pasr.runs import build_task
 from p2pasr.speech.prepare import read_index
 from p2pasr.tasks.base import Task
@@ -23,15 +22,12 @@ def verdict(manifest: RunManifest, task: Task, shards: Mapping[bytes, Path], pac
     Raises:
         P2pasrError: nothing.
     """
-    proof: Any = unpack_proof(packed)
-    like = task.initial_params()
 
-    def rerun(claim: Claim, segment: int, start: bytes | None) -> bytes:
-        before = parse_state(proof.before, manifest, like)
+    def rerun(claim: Claim, segment: int, before: State, start: bytes | None) -> bytes:
         paths = [shards[shard] for shard in claim.shards]
         return train_segment(task, manifest, claim, segment, before, start, paths, None)
 
-    return str(proof.check(Judge(manifest, like, rerun)))
+    return unpack_proof(packed).check(Judge(manifest, task.initial_params(), rerun))
 
 
 if __name__ == "__main__":
