@@ -241,7 +241,7 @@ def test_a_banned_key_is_told_so_and_neither_heard_nor_averaged_when_it_comes_ag
     swarm.play(2)
     out, other = swarm.players[CHEAT], swarm.players[1].member
     with pytest.raises(LocalError, match="this peer was banned from the run in round 1: more than half"):
-        story.ready_to_train(out.member)
+        story.check_admitted(out.member)
     shards = story.assign_shards(out.member)
     work = story.commit(out.member, shards, *story.train(out.member, shards, 1))
     assert out.peer not in other.records.claims(other.view)

@@ -297,7 +297,7 @@ def test_rounds_are_watched_as_they_open_and_what_closed_meanwhile_is_passed_ove
     heads = iter([1, 2, 2, 3, 6, 7, 8])
 
     def look(_member: Any) -> dict[str, Any]:
-        """A run that goes on whenever somebody looks."""
+        """The directory of a run that goes on whenever somebody looks."""
         return {vote.peer: seal(make_identity(n + 1), vote) for n, vote in enumerate(votes(next(heads)))}
 
     checked: list[int] = []
@@ -306,10 +306,10 @@ def test_rounds_are_watched_as_they_open_and_what_closed_meanwhile_is_passed_ove
         checked.append(number)
         return []
 
-    monkeypatch.setattr(observer, "attestations_around", look)
     monkeypatch.setattr(observer, "check_round", check)
     monkeypatch.setattr(observer, "POLL_SECONDS", 0.0)
-    none = Any
-    member: Any = Member(MANIFEST, WATCHER, none, none, store, journal, none, Report("json"), STATE.params, STATE)
+    monkeypatch.setattr(observer, "attestations_around", look)
+    none: Any = None
+    member = Member(MANIFEST, WATCHER, none, none, store, journal, none, Report("json"), STATE.params, STATE)
     assert list(observer.watch(member, 0, 5, 1.0)) == []
     assert checked == [0, 1, 4, 5]
