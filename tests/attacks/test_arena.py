@@ -17,6 +17,7 @@ from p2pasr.auditing import convict
 from p2pasr.errors import Ignore, LocalError, P2pasrError, Reject
 from p2pasr.protocol.messages import Accusation, Charge, seal
 from p2pasr.protocol.rules import check_claim
+from p2pasr.verify import openings
 from p2pasr.verify.conflict import Conflict
 from p2pasr.verify.evidence import ConflictProof, pack_proof
 from tests.attacks import adversary
@@ -269,7 +270,8 @@ def test_a_ban_is_for_good(arena: MakeArena) -> None:
 # --- what is not answered yet -------------------------------------------------------------------------------
 
 
-def test_a_peer_that_opens_nothing_is_reported_and_stays(arena: MakeArena) -> None:
+def test_a_peer_that_opens_nothing_is_reported_and_stays(arena: MakeArena, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openings, "OFFER_SECONDS", 0.05)
     swarm = arena({CHEAT: adversary.withheld})
     swarm.play(4)
     found = [e for p in swarm.players[1:] for e in p.member.report.seen("audit") if e["peer"] == swarm.players[0].peer]
