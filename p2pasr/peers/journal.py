@@ -177,11 +177,14 @@ class Journal:
 
     def _replace(self, path: Path, data: bytes) -> None:
         part = path.with_name(path.name + ".part")
-        with disk_errors(self.folder):
-            part.write_bytes(data)
-            sync(part)
-            part.replace(path)
-            sync(path.parent)
+        try:
+            with disk_errors(self.folder):
+                part.write_bytes(data)
+                sync(part)
+                part.replace(path)
+                sync(path.parent)
+        finally:  # Ctrl-C may come at any moment
+            part.unlink(missing_ok=True)
 
 
 def _read(path: Path, parse: Callable[[dict[str, Any]], T]) -> T | None:
