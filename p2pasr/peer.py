@@ -412,13 +412,20 @@ def check_peer_maddr(maddr: str) -> None:
         )
 
 
-def interrupt_on_terminate() -> None:
-    """Let SIGTERM end a process as Ctrl-C does."""
+def interrupt_on_terminate(report: Report | None = None) -> None:
+    """Let SIGTERM end a process as Ctrl-C does.
+
+    Args:
+        report: remembers either of them, for work that asks it.
+    """
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        if report is not None:
+            report.interrupted = True
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def main(arguments: Sequence[str] | None = None, *, task: Task | None = None) -> int:
@@ -429,7 +436,7 @@ def main(arguments: Sequence[str] | None = None, *, task: Task | None = None) ->
     """
     parsed = _parser().parse_args(arguments)
     report = Report(parsed.log_format)
-    interrupt_on_terminate()
+    interrupt_on_terminate(report)
     quiet_libraries()
     try:
         with Peer(parsed.run, _options(parsed), report, task=task) as peer:

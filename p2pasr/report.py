@@ -43,6 +43,7 @@ class Report:
     """
 
     def __init__(self, log_format: LogFormat = "text", out: TextIO | None = None) -> None:
+        self.interrupted = False
         self._json = log_format == "json"
         self._out = out or sys.stdout
         self._lock = threading.RLock()
@@ -70,6 +71,15 @@ class Report:
                 style = _STYLES.get(event, "")
                 self._console.print(f"[dim]{clock}[/dim] ", end="")
                 self._console.print(message, style=style, markup=False)
+
+    def stop_if_interrupted(self) -> None:
+        """End the work if Ctrl-C came, also where Python swallowed it, as it does in finalizers and callbacks.
+
+        Raises:
+            KeyboardInterrupt: it came.
+        """
+        if self.interrupted:
+            raise KeyboardInterrupt
 
     def wait(self, reason: str) -> None:
         """Say what is being waited for; the same sentence at most every fifteen seconds."""

@@ -216,6 +216,7 @@ class Member:
 
     def step(self, name: str, message: str) -> None:
         """Report that a step of the round begins."""
+        self.report.stop_if_interrupted()
         self.report.emit("step", message, step=name, round=self.state.round, state=self.state.digest)
 
 
@@ -603,6 +604,7 @@ def _progress(member: Member, segment: int) -> OnStep:
     total = rounds.segments * rounds.steps_per_segment
 
     def on_step(done: int, loss: float) -> None:
+        member.report.stop_if_interrupted()
         label = f"round {member.state.round} segment {segment + 1}/{rounds.segments} loss {loss:.3f}"
         member.report.progress(label, segment * rounds.steps_per_segment + done, total)
 

@@ -233,3 +233,10 @@ def test_looks_at_the_directory_become_rarer_the_longer_a_peer_waits() -> None:
     assert pauses[-1] == POLL_SECONDS
     for number, pause in enumerate(pauses[1:], 1):
         assert pause <= sum(pauses[:number]) * 0.25 + pauses[0]
+
+
+def test_ctrl_c_that_was_swallowed_ends_the_round_at_its_next_step(member: Member) -> None:
+    member.step("sync", "looking")
+    member.report.interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        member.step("train", "training")
