@@ -35,7 +35,7 @@ from p2pasr.protocol.messages import (
 )
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, max_state_bytes, parse_state
-from p2pasr.protocol.tensors import Tensors
+from p2pasr.protocol.tensors import forms
 from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, Task
 from p2pasr.verify.evidence import (
     MAX_PROOF_BYTES,
@@ -280,7 +280,7 @@ def train_segment(
             finite, after which nobody claims anything.
     """
     begin = Checkpoint(before.params) if start is None else Checkpoint.unpack(start)
-    if _forms(begin.params) != _forms(before.params):
+    if forms(begin.params) != forms(before.params):
         raise Reject(f"the checkpoint before segment {segment + 1} holds other parameters than this run trains")
     plan = SegmentPlan.of(manifest.rounds, claim.round, claim.state, claim.peer, segment)
     try:
@@ -294,10 +294,6 @@ def train_segment(
             f"segment {segment + 1} cannot be trained from the checkpoint before it ({type(error).__name__})"
         ) from error  # its moments are a stranger's
     return end.pack()
-
-
-def _forms(params: Tensors) -> dict[str, tuple[Any, ...]]:
-    return {name: (array.shape, array.dtype) for name, array in params.items()}
 
 
 def check_part_of(member: Member, record: RoundRecord, duty: Duty) -> Finding:

@@ -678,15 +678,13 @@ class Encoded:
 def write_delta(member: Member, start: Tensors, end: Tensors) -> Encoded:
     """Encode what training changed into a blob, part by part."""
     layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
-    before, after = Flat(start), Flat(end)
     digests: list[bytes] = []
     squares = largest = 0.0
     member.store.make_room(layout.total_bytes)
     path = member.store.scratch("delta")
     try:
         with PartFile(path, layout) as file:
-            for index, cut in enumerate(layout.cuts()):
-                vector = after[cut] - before[cut]
+            for index, vector in enumerate(layout.differences(start, end)):
                 encoded = layout.codec.encode(vector)
                 file.write(index, encoded)
                 digests.append(blob_digest(encoded))

@@ -27,7 +27,7 @@ from p2pasr.averaging.matchmaking import Matchmaker
 from p2pasr.averaging.merkle import Tree
 from p2pasr.averaging.partfile import PartFile
 from p2pasr.averaging.reducer import PartReducer
-from p2pasr.averaging.waiting import in_thread, soon
+from p2pasr.averaging.waiting import entry, in_thread, soon
 from p2pasr.errors import LocalError, P2pasrError, Reject, TransportError
 from p2pasr.peers import streams
 from p2pasr.peers.blobs import file_digest
@@ -173,7 +173,7 @@ class AllReduce:
             if args["reference"] is not None:
                 reference = files.enter_context(await self._open_reference(args["reference"], layout))
             digests = await in_thread(_part_digests, delta)
-            if _delta_tree(claim.message).root(digests) != claim.message.delta_root:
+            if Tree.of("delta", claim.message).root(digests) != claim.message.delta_root:
                 raise LocalError("the stored delta is not the one this peer's claim commits to")
             schema = digest("group", view.run + view.round.to_bytes(8, "big") + view.state)
             if self._failed[0] != schema:
@@ -406,7 +406,7 @@ class AllReduce:
         position = session.members.position(stream.peer)
         claim = session.members.claims[position].message
         digests = streams.field(opening, "digests", tuple)
-        if not _are_digests(digests, session.layout.parts) or _delta_tree(claim).root(digests) != claim.delta_root:
+        if not _are_digests(digests, session.layout.parts) or Tree.of("delta", claim).root(digests) != claim.delta_root:
             session.reducer.drop(position)
             raise Reject(f"{short(stream.peer)} announces other parts than its claim commits to")
         if position in session.connected:
@@ -478,12 +478,7 @@ class AllReduce:
 
     async def _find(self, group: bytes) -> Session:
         """The session of a group; a member may reach us before our leader's message does."""
-        try:
-            async with asyncio.timeout(JOIN_SECONDS), self._opened:
-                await self._opened.wait_for(lambda: group in self._sessions)
-                return self._sessions[group]
-        except TimeoutError:
-            raise TransportError("this peer is not in such a group") from None
+        return await entry(self._sessions, group, self._opened, JOIN_SECONDS, "this peer is not in such a group")
 
     # --- what this peer knows -------------------------------------------------------------------------
 
@@ -553,10 +548,6 @@ def _check_receipt(receipt: Signed[Receipt], peer: str, group: bytes, results: M
 
 def _part_digests(delta: PartFile) -> tuple[bytes, ...]:
     return tuple(blob_digest(delta.read(index)) for index in range(delta.layout.parts))
-
-
-def _delta_tree(claim: Claim) -> Tree:
-    return Tree("delta", claim.run, claim.round, claim.peer)
 
 
 def _are_digests(value: Any, count: int) -> bool:

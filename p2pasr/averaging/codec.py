@@ -162,6 +162,13 @@ class Layout:
         """Which values each part holds."""
         return (slice(at, min(at + self.part_values, self.values)) for at in range(0, self.values, self.part_values))
 
+    def differences(
+        self, start: Mapping[str, npt.NDArray[Any]], end: Mapping[str, npt.NDArray[Any]]
+    ) -> Iterator[Vector]:
+        """What leads from one set of parameters to another, part by part, before it is encoded."""
+        before, after = Flat(start), Flat(end)
+        return (after[cut] - before[cut] for cut in self.cuts())
+
     def encode(self, vector: Vector) -> list[bytes]:
         """The encoded parts of a delta."""
         if vector.shape != (self.values,):

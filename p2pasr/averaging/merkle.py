@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from p2pasr.errors import Reject
 from p2pasr.protocol.encoding import blob_digest, digest
+from p2pasr.protocol.messages import Claim
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,11 @@ class Tree:
     run: bytes
     round: int
     peer: str
+
+    @classmethod
+    def of(cls, kind: str, claim: Claim) -> Tree:
+        """The tree of what a claim commits to."""
+        return cls(kind, claim.run, claim.round, claim.peer)
 
     def leaf(self, index: int, content: bytes) -> bytes:
         """The leaf for an item whose digest is `content`."""

@@ -18,7 +18,7 @@ from p2pasr.averaging import rules
 from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.merkle import Tree
 from p2pasr.averaging.partfile import PartFile
-from p2pasr.averaging.waiting import in_thread, soon
+from p2pasr.averaging.waiting import entry, in_thread, soon
 from p2pasr.errors import LocalError, P2pasrError, Reject, TransportError
 from p2pasr.peers.blobs import file_digest
 from p2pasr.peers.host import Host
@@ -396,12 +396,7 @@ class MixExchange:
 
     async def _find(self, table: dict[bytes, T], name: bytes) -> T:
         """An offer or a mix; others may reach us before our training process has come to it."""
-        try:
-            async with asyncio.timeout(JOIN_SECONDS), self._changed:
-                await self._changed.wait_for(lambda: name in table)
-                return table[name]
-        except TimeoutError:
-            raise TransportError("this peer is not in such a mix") from None
+        return await entry(table, name, self._changed, JOIN_SECONDS, "this peer is not in such a mix")
 
     async def _receipt(self, session: Session) -> Signed[Receipt]:
         """Our receipt, when all of our share is reduced; equal shares have equal receipts."""

@@ -17,7 +17,7 @@ from p2pasr.protocol.cohorts import MAX_BITS, bits_for, is_boundary
 from p2pasr.protocol.encoding import DIGEST_BYTES, blob_digest
 from p2pasr.protocol.manifest import RuleSection, RunManifest
 from p2pasr.protocol.messages import Claim
-from p2pasr.protocol.tensors import Tensors, tensor_pieces, unpack_tensors
+from p2pasr.protocol.tensors import Tensors, forms, tensor_pieces, unpack_tensors
 
 FORMAT: Final = "p2pasr-state/1"
 NO_PARENT: Final = bytes(DIGEST_BYTES)
@@ -135,12 +135,11 @@ def parse_state(blob: bytes, manifest: RunManifest, like: Tensors | None) -> Sta
     tensors, meta = unpack_tensors(blob)
     params = {name.removeprefix(_PARAM): value for name, value in tensors.items() if name.startswith(_PARAM)}
     moments = {name.removeprefix(_MOMENT): value for name, value in tensors.items() if name.startswith(_MOMENT)}
-    forms = {name: (array.shape, array.dtype) for name, array in params.items()}
     if like is None:
-        fits = all(dtype == np.float32 for _, dtype in forms.values())
+        fits = all(array.dtype == np.float32 for array in params.values())
         fits = fits and sum(array.size for array in params.values()) == manifest.parameters
     else:
-        fits = forms == {name: (array.shape, array.dtype) for name, array in like.items()}
+        fits = forms(params) == forms(like)
     if not fits:
         raise Reject("a state holds other parameters than this run trains")
     if not all(np.isfinite(value).all() for value in tensors.values()):

@@ -38,6 +38,11 @@ _TO_NAME: Final[dict[np.dtype[Any], str]] = {
 _FROM_NAME: Final[dict[str, np.dtype[Any]]] = {name: dtype for dtype, name in _TO_NAME.items()}
 
 
+def forms(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Name → shape and dtype: what two sets of arrays have in common that can be compared."""
+    return {name: (array.shape, array.dtype) for name, array in tensors.items()}
+
+
 def pack_tensors(tensors: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any]) -> bytes:
     """The canonical safetensors bytes of named arrays and a JSON-able description.
 

@@ -7,7 +7,6 @@ moments, …), in float64. A cosine would see nothing of a wrong learning rate. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, sqrt
 from typing import Any, Literal
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2pasr.protocol.manifest import VerifySection
-from p2pasr.protocol.tensors import Tensors
+from p2pasr.protocol.tensors import Tensors, forms
 
 Finding = Literal["same", "close", "unclear", "different"]
 
@@ -41,7 +40,7 @@ def compare(start: Tensors, claimed: Tensors, rerun: Tensors, section: VerifySec
         start: what the segment began with; arrays that are missing here count as zeros.
         claimed, rerun: what it ended with: name → array. The part of a name before the first slash is its group.
     """
-    if _forms(claimed) != _forms(rerun) or not all(_is_finite(array) for array in claimed.values()):
+    if forms(claimed) != forms(rerun) or not all(_is_finite(array) for array in claimed.values()):
         return Comparison("different", inf)
     if all(np.array_equal(claimed[name], rerun[name]) for name in rerun):
         return Comparison("same", 0.0)
@@ -63,10 +62,6 @@ def relative_errors(start: Tensors, claimed: Tensors, rerun: Tensors) -> dict[st
         moved = sqrt(sum(_square(claimed[name], start.get(name)) for name in names))
         errors[group] = off / moved if moved > 0 else (inf if off > 0 else 0.0)
     return errors
-
-
-def _forms(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, tuple[Any, ...]]:
-    return {name: (array.shape, array.dtype) for name, array in tensors.items()}
 
 
 def _is_finite(array: npt.NDArray[Any]) -> bool:

@@ -35,7 +35,7 @@ from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Claim, Receipt, Signed, 
 from p2pasr.protocol.rules import RoundView, check_claim
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, parse_state
-from p2pasr.protocol.tensors import Tensors, unpack_tensors
+from p2pasr.protocol.tensors import Tensors, forms, unpack_tensors
 from p2pasr.verify.compare import Comparison, compare
 from p2pasr.verify.conflict import Conflict
 
@@ -123,7 +123,7 @@ class Opening:
         Raises:
             Reject: no.
         """
-        tree = Tree("trace", claim.run, claim.round, claim.peer)
+        tree = Tree.of("trace", claim)
         tree.check(claim.trace_root, index, claim.segments, blob_digest(self.data), self.proof)
 
     def body(self) -> dict[str, Any]:
@@ -174,20 +174,17 @@ def delta_of(claim: Claim, before: State, last: bytes, manifest: RunManifest) ->
         after = checkpoint_params(last)
     except Reject:
         return b"", False
-    forms = [{name: (array.shape, array.dtype) for name, array in params.items()} for params in (before.params, after)]
-    if forms[0] != forms[1]:
+    if forms(before.params) != forms(after):
         return b"", False
     layout = Layout.of(manifest.parameters, manifest.averaging)
-    start, end = Flat(before.params), Flat(after)
     digests: list[bytes] = []
     squares = 0.0
-    for cut in layout.cuts():
-        vector = end[cut] - start[cut]
+    for vector in layout.differences(before.params, after):
         if not np.isfinite(vector).all():
             return b"", False
         digests.append(blob_digest(layout.codec.encode(vector)))
         squares += rules.norm(vector) ** 2
-    root = Tree("delta", claim.run, claim.round, claim.peer).root(digests)
+    root = Tree.of("delta", claim).root(digests)
     return root, isclose(claim.delta_norm, sqrt(squares), rel_tol=1e-6)
 
 
@@ -239,7 +236,7 @@ class ReductionProof:
         layout = Layout.of(manifest.parameters, manifest.averaging)
         for position, (data, way) in self.parts.items():
             claim = claims[position]
-            tree = Tree("delta", claim.run, claim.round, claim.peer)
+            tree = Tree.of("delta", claim)
             tree.check(claim.delta_root, self.index, layout.parts, blob_digest(data), way)
         result = reduce_again(claims, before, manifest, self.index, {at: data for at, (data, _) in self.parts.items()})
         if result is not None and blob_digest(result) == stated.result:

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Final
 from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.merkle import Tree
 from p2pasr.averaging.partfile import PartFile
+from p2pasr.averaging.waiting import entry
 from p2pasr.errors import LocalError, Reject, TransportError
 from p2pasr.peers import streams
 from p2pasr.peers.streams import Stream
 from p2pasr.protocol.encoding import blob_digest
-from p2pasr.protocol.manifest import RunManifest, parse_manifest
 from p2pasr.protocol.messages import Claim, Commitment, Signed, unseal
 from p2pasr.protocol.signing import short
 
@@ -61,7 +61,6 @@ class Openings:
 
     def __init__(self) -> None:
         self._host: Host
-        self._manifest: RunManifest | None = None
         self._offers: dict[bytes, Offer] = {}
         self._offered = asyncio.Condition()
 
@@ -87,7 +86,8 @@ class Openings:
             offer = Offer(claim, tuple(each["checkpoints"]), each["delta"], drawn, each["record"])
             offers[claim.digest] = offer
         async with self._offered:
-            self._offers = offers
+            self._offers.clear()
+            self._offers.update(offers)
             self._offered.notify_all()
         return {}
 
@@ -111,7 +111,7 @@ class Openings:
             )
             answer = await stream.receive()
         digest, proof = streams.field(answer, "digest", bytes), _way(answer)
-        tree = Tree("trace", claim.message.run, claim.message.round, claim.message.peer)
+        tree = Tree.of("trace", claim.message)
         tree.check(claim.message.trace_root, args["checkpoint"], claim.message.segments, digest, proof)
         return {"digest": digest, "proof": proof}
 
@@ -133,7 +133,7 @@ class Openings:
             await stream.send({"claim": claim.digest, "part": args["index"]})
             proof = _way(await stream.receive())
             data = await stream.receive_data(layout.part_bytes(args["index"]))
-        tree = Tree("delta", claim.message.run, claim.message.round, claim.message.peer)
+        tree = Tree.of("delta", claim.message)
         tree.check(claim.message.delta_root, args["index"], layout.parts, blob_digest(data), proof)
         return {"data": data, "proof": proof}
 
@@ -166,18 +166,12 @@ class Openings:
         if not 0 <= index < len(offer.checkpoints):
             raise Reject(f"{short(stream.peer)} asks for checkpoint {index} of {len(offer.checkpoints)}")
         self._check_right(stream.peer, offer, index, request.get("commitment"))
-        message = offer.claim.message
-        tree = Tree("trace", message.run, message.round, message.peer)
+        tree = Tree.of("trace", offer.claim.message)
         await stream.send({"digest": offer.checkpoints[index], "proof": tree.prove(offer.checkpoints, index)})
 
     async def _find(self, claim: bytes) -> Offer:
         """The offer for a claim; an auditor may have finished the round a moment before its author."""
-        try:
-            async with asyncio.timeout(OFFER_SECONDS), self._offered:
-                await self._offered.wait_for(lambda: claim in self._offers)
-                return self._offers[claim]
-        except TimeoutError:
-            raise TransportError("this claim is not open here") from None
+        return await entry(self._offers, claim, self._offered, OFFER_SECONDS, "this claim is not open here")
 
     async def _name_record(self, stream: Stream, number: int) -> None:
         records = [offer.record for offer in self._offers.values() if offer.claim.message.round == number]
@@ -220,9 +214,8 @@ class Openings:
         await stream.send_frame(data)
 
     def _layout(self) -> Layout:
-        if self._manifest is None:
-            self._manifest = parse_manifest(self._host.store.get(self._host.run))
-        return Layout.of(self._manifest.parameters, self._manifest.averaging)
+        manifest = self._host.manifest
+        return Layout.of(manifest.parameters, manifest.averaging)
 
 
 def prove_part(path: Path, layout: Layout, claim: Claim, index: int) -> tuple[bytes, tuple[bytes, ...]]:
@@ -230,7 +223,7 @@ def prove_part(path: Path, layout: Layout, claim: Claim, index: int) -> tuple[by
     try:
         with PartFile(path, layout) as delta:
             digests = [blob_digest(delta.read(at)) for at in range(layout.parts)]
-            return delta.read(index), Tree("delta", claim.run, claim.round, claim.peer).prove(digests, index)
+            return delta.read(index), Tree.of("delta", claim).prove(digests, index)
     except LocalError as error:
         raise TransportError("this delta is kept no longer") from error
 
