@@ -51,8 +51,9 @@ def new_run(
         check_digest(shards / shard.file, shard.digest)
     content = config.model_dump()
     if task is None:
-        pinned = tasks.pin(config.task.kind, config.task.config, model)
-        task = tasks.build(config.task.kind, pinned, seed=config.seed, model=model, shards=shard_paths(shards))
+        files = shard_paths(shards)
+        pinned = tasks.pin(config.task.kind, config.task.config, model, files)
+        task = tasks.build(config.task.kind, pinned, seed=config.seed, model=model, shards=files)
         content["task"]["config"] = pinned
     params = task.initial_params()
     content |= {

@@ -27,7 +27,8 @@ from p2pasr.speech import synthetic
 from p2pasr.speech.metrics import ErrorRates, error_rates
 from p2pasr.speech.prepare import Settings, prepare
 from p2pasr.speech.shards import Clip, read_shard
-from p2pasr.tasks.whisper import collate, sample_batches, token_losses, transcribe
+from p2pasr.tasks.determinism import sample_batches
+from p2pasr.tasks.whisper import collate, token_losses, transcribe
 
 FOLDER = Path(__file__).parent / "base"
 """Where the committed model lies."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from p2pasr.tasks.base import Bounded, Checkpoint, SegmentPlan, SegmentReport, T
 
 __all__ = ["KINDS", "Bounded", "Checkpoint", "SegmentPlan", "SegmentReport", "Task", "build", "pin"]
 
-KINDS = ("lora",)
-"""The `task.kind` values of a manifest."""
+KINDS = {"lora": "p2pasr.tasks.lora", "full": "p2pasr.tasks.full"}
+"""The `task.kind` values of a manifest, and the module of each: it has CONFIG, a pydantic model, and TASK, a class that
+is made from one and checks shards, and pins what a configuration leaves open."""
 
 
 def build(
@@ -38,30 +40,33 @@ def build(
         LocalError: an unknown kind or key, a device or model that is missing, a model that is not the run's, or
             shards that were made for another.
     """
-    from p2pasr.tasks.lora import LoraTask
-
-    task = LoraTask(_lora_config(kind, config), seed, device, model)
+    module = _module(kind)
+    task: Any = module.TASK(_validated(module, config), seed, device, model)
     task.check(shards)
-    return task
+    made: Task = task
+    return made
 
 
-def pin(kind: str, config: Mapping[str, Any], model: str | None = None) -> dict[str, Any]:
+def pin(kind: str, config: Mapping[str, Any], model: str | None = None, shards: Sequence[Path] = ()) -> dict[str, Any]:
     """The configuration with every default written out and every version fixed, for a manifest.
 
     Args:
         model: as for :func:`build`.
+        shards: all of the run's, from which a task takes what they decide, such as its classes.
 
     Raises:
         LocalError: as :func:`build`.
     """
-    from p2pasr.tasks import lora
+    module = _module(kind)
+    pinned: dict[str, Any] = module.TASK.pin(_validated(module, config), model, shards).model_dump(mode="json")
+    return pinned
 
-    return lora.pin(_lora_config(kind, config), model).model_dump(mode="json")
 
-
-def _lora_config(kind: str, config: Mapping[str, Any]) -> Any:
-    from p2pasr.tasks.lora import LoraTaskConfig
-
+def _module(kind: str) -> Any:
     if kind not in KINDS:
         raise LocalError(f"task.kind {kind!r} is not one of {', '.join(KINDS)}")
-    return validated(LoraTaskConfig, dict(config), "task.config")
+    return import_module(KINDS[kind])
+
+
+def _validated(module: Any, config: Mapping[str, Any]) -> Any:
+    return validated(module.CONFIG, dict(config), "task.config")

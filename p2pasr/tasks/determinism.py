@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -56,6 +57,16 @@ def shuffled(count: int, key: bytes) -> list[int]:
     """A permutation of range(count), the same for the same key with every version of every library."""
     ranks = np.frombuffer(keyed_bytes(key, 8 * count), dtype="<u8")
     return np.argsort(ranks, kind="stable").tolist()  # type: ignore[no-any-return]
+
+
+def sample_batches(clips: int, batch_size: int, seed: bytes) -> Iterator[list[int]]:
+    """Endless batches of clip indices: whole shuffled passes over the clips, cut into batches."""
+    queue: list[int] = []
+    for turn in itertools.count():
+        queue += shuffled(clips, seed + turn.to_bytes(8, "big"))
+        while len(queue) >= batch_size:
+            yield queue[:batch_size]
+            del queue[:batch_size]
 
 
 def uniform(shape: tuple[int, ...], bound: float, key: bytes) -> npt.NDArray[np.float32]:

@@ -1,27 +1,180 @@
-"""What every Whisper-shaped task shares: batches from shards, the loss, greedy decoding."""
+"""What every Whisper-shaped task shares: clips from shards, the loss, greedy decoding, error rates."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from p2pasr.errors import LocalError
+from p2pasr.protocol.tensors import Tensors
 from p2pasr.speech.mel import restore
-from p2pasr.speech.shards import Clip
+from p2pasr.speech.metrics import error_rates
+from p2pasr.speech.pretrained import Frontend, frontend, weights_digest
+from p2pasr.speech.shards import Clip, Features, Shard, read_shard
+from p2pasr.speech.text import normalise
 from p2pasr.tasks.base import OnProgress
-from p2pasr.tasks.determinism import shuffled
+from p2pasr.tasks.determinism import usable_device
+from p2pasr.tasks.training import GradientTask, TrainingConfig
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperTokenizer
 
+FRAMES_A_SECOND = 100
+
 IGNORED = -100
 """Label of positions that are padding; cross entropy leaves them out."""
+
+
+class WhisperTaskConfig(TrainingConfig):
+    """What the `task.config` sections of tasks that start from a Whisper model share."""
+
+    model: str
+    """Hub id or local folder of a Whisper model; `p2pasr/demo-base` is the one in this package."""
+    revision: str | None = None
+    """Commit of the hub repository."""
+    weights: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """BLAKE3 of the base's weights, filled in by `p2pasr run new`, so that all start from the same."""
+    window_seconds: Annotated[float, Field(gt=0, le=30)] | None = None
+    """A window shorter than the model's own. What is trained is only good at the window it was trained at."""
+
+
+C = TypeVar("C", bound=WhisperTaskConfig)
+
+
+class WhisperTask(GradientTask[Clip]):
+    """Learning to transcribe from a Whisper model, whatever of it is trained.
+
+    Args:
+        config: the task's section of the manifest.
+        seed: the run's seed.
+        device: where to train, such as "cpu" or "cuda".
+        model: a folder to load the base from instead of `config.model`; its weights must be the same.
+
+    Raises:
+        LocalError: the device or the model is missing, or the model is another one.
+    """
+
+    config: WhisperTaskConfig
+
+    def __init__(self, config: WhisperTaskConfig, seed: int, device: str = "cpu", model: str | None = None) -> None:
+        self.config = config
+        self.seed = seed
+        self.device = usable_device(device)
+        self.source = model or config.model
+        self.frontend: Frontend = frontend(self.source, config.revision, config.window_seconds)
+        if config.weights is not None and weights_digest(self.source, config.revision) != config.weights:
+            raise LocalError(
+                f"the weights of {self.source!r} are not those this run was made with ({config.weights[:12]}…); "
+                f"get that version and name its folder with --model"
+            )
+        self.frames = round(self.frontend.window_seconds * FRAMES_A_SECOND)
+        self.features = Features(
+            int(self.frontend.extractor.feature_size), self.frontend.window_seconds, self.frontend.vocabulary
+        )
+
+    @staticmethod
+    def pin(config: C, model: str | None, shards: Sequence[Path]) -> C:  # noqa: ARG004 (other tasks look at shards)
+        """Fill in what the manifest must fix: the digest of the base's weights."""
+        return config.model_copy(update={"weights": weights_digest(model or config.model, config.revision)})
+
+    @property
+    def whisper(self) -> WhisperForConditionalGeneration:
+        """The whole Whisper model, with what is trained in it."""
+        raise NotImplementedError
+
+    def check(self, shards: Sequence[Path]) -> None:
+        """Were these shards made for this model and window?
+
+        Raises:
+            LocalError: one was not, or is no shard.
+        """
+        for path in shards:
+            self._shard(path)
+
+    def examples(self, shards: Sequence[Path]) -> list[Clip]:
+        """See :meth:`p2pasr.tasks.training.GradientTask.examples`."""
+        return [clip for path in shards for clip in self._shard(path).clips]
+
+    def weight(self, example: Clip) -> float:
+        """Tokens that are learned: all but the first."""
+        return len(example.tokens) - 1
+
+    def loss(self, examples: Sequence[Clip]) -> Tensor:
+        """Summed cross entropy of the transcripts."""
+        batch = collate(examples, self.frames, self.frontend.config.pad_token_id).to(self.device)
+        return token_losses(self.model, batch)[0]
+
+    def untrained(self) -> AbstractContextManager[Any]:
+        """A context in which :attr:`whisper` is the base."""
+        return nullcontext()
+
+    def evaluate(
+        self, params: Tensors | None, shards: Sequence[Path], on_progress: OnProgress | None = None
+    ) -> Mapping[str, Any]:
+        """Error rates of the base (params None) or the trained model on held-out shards.
+
+        Raises:
+            LocalError: the shards are others than the model takes, or hold no text.
+        """
+        clips = self.examples(shards)
+        tokenizer = self.frontend.tokenizer
+        wanted = [tokenizer.decode(clip.tokens, skip_special_tokens=True) for clip in clips]
+        if not any(map(normalise, wanted)):
+            raise LocalError("the shards cannot be scored: no reference holds any text")
+        if params is not None:
+            self.set_params(params)
+        with self.untrained() if params is None else nullcontext():
+            heard = transcribe(self.whisper, tokenizer, clips, self.frames, on_progress=on_progress)
+        return error_rates(wanted, heard).as_dict()
+
+    def notes(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        """What goes beside an exported model, for a model's folder cannot say it."""
+        return {
+            **about,
+            "base_model": self.config.model,
+            "base_revision": self.config.revision,
+            "base_weights": self.config.weights,
+            "task": "transcribe",
+            "window_seconds": self.frontend.window_seconds,
+            "scored_after": "p2pasr.speech.text.normalise",
+        }
+
+    def _shard(self, path: Path) -> Shard:
+        shard = read_shard(path)
+        if shard.features != self.features:
+            window = self.config.window_seconds
+            option = "" if window is None else f" --window-seconds {window:g}"
+            raise LocalError(
+                f"shard {path} was prepared for other features than {self.config.model!r} takes; "
+                f"prepare it with --model {self.config.model}{option}"
+            )
+        return shard
+
+
+def write_notes(out: Path, notes: Mapping[str, Any]) -> None:
+    """Write what goes beside an exported model: `p2pasr.json`."""
+    (out / "p2pasr.json").write_text(json.dumps(notes, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def shorten(model: Any, frames: int) -> None:
+    """Cut the encoder's positions to a shorter window (two frames a position)."""
+    positions = frames // 2
+    encoder = model.model.encoder
+    if positions < model.config.max_source_positions:
+        kept = encoder.embed_positions.weight[:positions].detach().clone()
+        embedding = torch.nn.Embedding(kept.shape[0], kept.shape[1], _weight=kept, _freeze=True)
+        encoder.embed_positions = embedding
+        model.config.max_source_positions = encoder.max_source_positions = positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +227,6 @@ def token_losses(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, int]:
     logits = model(input_features=batch.features, decoder_input_ids=batch.decoder_input_ids).logits
     total = cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total, int((batch.labels != IGNORED).sum())
-
-
-def sample_batches(clips: int, batch_size: int, seed: bytes) -> Iterator[list[int]]:
-    """Endless batches of clip indices: whole shuffled passes over the clips, cut into batches."""
-    queue: list[int] = []
-    for turn in itertools.count():
-        queue += shuffled(clips, seed + turn.to_bytes(8, "big"))
-        while len(queue) >= batch_size:
-            yield queue[:batch_size]
-            del queue[:batch_size]
 
 
 @torch.inference_mode()

@@ -24,7 +24,8 @@ from p2pasr.speech.prepare import Settings, prepare
 from p2pasr.speech.pretrained import BUNDLED, weights_digest
 from p2pasr.speech.shards import Clip, read_shard
 from p2pasr.tasks import Bounded, Checkpoint, Task, build, pin
-from p2pasr.tasks.lora import LoraTask, LoraTaskConfig, learning_rate
+from p2pasr.tasks.lora import LoraTask, LoraTaskConfig
+from p2pasr.tasks.training import learning_rate
 from p2pasr.tasks.whisper import collate
 
 from .conftest import LORA, MODEL, plan, start_of
@@ -97,8 +98,8 @@ def test_a_device_that_torch_does_not_have_is_refused(device: str) -> None:
 
 
 def test_an_unknown_kind_of_task_is_refused() -> None:
-    with pytest.raises(LocalError, match=r"^task\.kind 'student' is not one of lora$"):
-        build("student", LORA, seed=0)
+    with pytest.raises(LocalError, match=r"^task\.kind 'nothing' is not one of lora, full"):
+        build("nothing", LORA, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from transformers import WhisperForConditionalGeneration
 from p2pasr.speech.mel import restore
 from p2pasr.speech.pretrained import BUNDLED, Frontend
 from p2pasr.speech.shards import Clip, read_shard
-from p2pasr.tasks.whisper import IGNORED, Batch, collate, greedy, sample_batches, token_losses, transcribe
+from p2pasr.tasks.determinism import sample_batches
+from p2pasr.tasks.whisper import IGNORED, Batch, collate, greedy, token_losses, transcribe
 
 from .conftest import MODEL
 
