@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from p2pasr.peer import Peer, PeerOptions
     from p2pasr.protocol.manifest import RunConfig, RunManifest, read_config, read_manifest
     from p2pasr.protocol.state import State
+    from p2pasr.protocol.tensors import read_tensors
     from p2pasr.runs import evaluate, export, new_run
+    from p2pasr.shards import OwnShard, write_shards
     from p2pasr.speech.prepare import Settings, prepare
     from p2pasr.tasks import Bounded, Checkpoint, SegmentPlan, SegmentReport, Task
+    from p2pasr.tasks.training import GradientTask, TrainingConfig, fresh_params, trainable
 
 _HOMES = {
     "LocalError": "p2pasr.errors",
@@ -41,13 +44,22 @@ _HOMES = {
     "SegmentPlan": "p2pasr.tasks",
     "SegmentReport": "p2pasr.tasks",
     "State": "p2pasr.protocol.state",
+    "read_tensors": "p2pasr.protocol.tensors",
+    "OwnShard": "p2pasr.shards",
+    "write_shards": "p2pasr.shards",
+    "GradientTask": "p2pasr.tasks.training",
+    "TrainingConfig": "p2pasr.tasks.training",
+    "fresh_params": "p2pasr.tasks.training",
+    "trainable": "p2pasr.tasks.training",
     "Task": "p2pasr.tasks",
 }
 
 __all__ = [
     "Bounded",
     "Checkpoint",
+    "GradientTask",
     "LocalError",
+    "OwnShard",
     "P2pasrError",
     "Peer",
     "PeerOptions",
@@ -59,13 +71,18 @@ __all__ = [
     "Settings",
     "State",
     "Task",
+    "TrainingConfig",
     "TransportError",
     "evaluate",
     "export",
+    "fresh_params",
     "new_run",
     "prepare",
     "read_config",
     "read_manifest",
+    "read_tensors",
+    "trainable",
+    "write_shards",
 ]
 
 

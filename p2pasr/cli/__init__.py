@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from p2pasr import __version__
-from p2pasr.cli import data, demo, identity, lineage, run, score, verify
+from p2pasr.cli import data, demo, identity, lineage, run, score, task, verify
 from p2pasr.errors import P2pasrError
 from p2pasr.report import Report
 from p2pasr.speech.pretrained import quiet_libraries
@@ -40,6 +40,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(run.app, name="run")
 app.add_typer(demo.app, name="demo")
 app.add_typer(verify.app, name="verify")
+app.add_typer(task.app, name="task")
 app.command("eval")(score.evaluate)
 app.command("export")(score.export)
 app.command("id")(identity.identity)

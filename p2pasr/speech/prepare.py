@@ -100,10 +100,14 @@ class Settings:
 
 @dataclass(slots=True)
 class ShardIndex:
-    """What a folder of shards holds; kept as `index.json` beside them."""
+    """What a folder of shards holds; kept as `index.json` beside them.
+
+    Attributes:
+        model, features: what the shards were prepared for; "" and None where a task of one's own reads them.
+    """
 
     model: str
-    features: Features
+    features: Features | None
     shards: list[ShardEntry] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     done: dict[str, list[str]] = field(default_factory=dict)
@@ -138,7 +142,7 @@ def read_index(folder: Path) -> ShardIndex:
             raise ValueError(f"its format is not {INDEX_FORMAT}")
         index = ShardIndex(
             model=content["model"],
-            features=Features(**content["features"]),
+            features=None if content["features"] is None else Features(**content["features"]),
             shards=[ShardEntry(**entry) for entry in content["shards"]],
             refused=[Refusal(**entry) for entry in content["refused"]],
             done=content["done"],
