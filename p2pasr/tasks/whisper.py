@@ -112,7 +112,7 @@ class WhisperTask(GradientTask[Clip]):
     def loss(self, examples: Sequence[Clip]) -> Tensor:
         """Summed cross entropy of the transcripts."""
         batch = collate(examples, self.frames, self.frontend.config.pad_token_id).to(self.device)
-        return token_losses(self.model, batch)[0]
+        return summed_loss(self.model, batch)
 
     def untrained(self) -> AbstractContextManager[Any]:
         """A context in which :attr:`whisper` is the base."""
@@ -219,14 +219,18 @@ def collate(clips: Sequence[Clip], frames: int, pad_id: int) -> Batch:
 
 
 def token_losses(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """Summed cross entropy, a float32 scalar, and the number of tokens it is over.
+    """Summed cross entropy, as :func:`summed_loss`, and the number of tokens it is over."""
+    return summed_loss(model, batch), int((batch.labels != IGNORED).sum())
+
+
+def summed_loss(model: torch.nn.Module, batch: Batch) -> Tensor:
+    """Cross entropy summed over all labels, a float32 scalar.
 
     The first labels (language, task, no-timestamps) are learned too: they are cheap and keep a
     dialect's adapter from drifting to another language's token.
     """
     logits = model(input_features=batch.features, decoder_input_ids=batch.decoder_input_ids).logits
-    total = cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total, int((batch.labels != IGNORED).sum())
+    return cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 @torch.inference_mode()
