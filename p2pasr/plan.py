@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RoundSection
-from p2pasr.tasks.cost import Cost, trace
+from p2pasr.tasks.base import Checkpoint, SegmentPlan
+from p2pasr.tasks.cost import Cost, kept_by, trace
+from p2pasr.tasks.training import GradientTask
 from p2pasr.tasks.whisper import Batch, summed_loss
 
 if TYPE_CHECKING:
@@ -160,6 +165,64 @@ def plan(choice: Choice, cost: Cost, machine: Machine, rounds: RoundSection) -> 
     minutes = cost.flops * samples / (EFFICIENCY * machine.speed) / 60
     micro_batch = fitting[0] if fitting else None
     return Plan(choice, cost, micro_batch, cost.memory(micro_batch or 1, quantise), minutes)
+
+
+# --- what a task takes in truth ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A step of a run's own task, as it was planned and as it was.
+
+    Attributes:
+        examples: in the step.
+        planned, taken: bytes of weights, gradients, moments and what autograd keeps.
+        step_seconds: the fastest of the steps.
+        minutes: of a round at this pace.
+    """
+
+    examples: int
+    planned: float
+    taken: float
+    step_seconds: float
+    minutes: float
+
+
+def measure(task: GradientTask[Any], shards: Sequence[Path], rounds: RoundSection, steps: int = 3) -> Measured:
+    """Take a few steps and compare them with what was planned for them.
+
+    Args:
+        shards: files to train on.
+        rounds: how much a round trains.
+    """
+    examples = list(task.examples(shards))
+    size = min(task.config.micro_batch or rounds.samples_per_step, len(examples))
+    planned = _planned(task, examples[:size])
+    plan_of_step = SegmentPlan(blob_digest(b"plan"), 1, rounds.samples_per_step, 0, 1)
+    start = Checkpoint(task.initial_params())
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        end, _ = task.segment(start, shards, plan_of_step)
+        seconds.append(time.perf_counter() - began)
+    moments = sum(value.nbytes for value in end.moments.values())
+    weights = sum(parameter.nbytes for parameter in task.model.parameters())
+    gradients = sum(parameter.nbytes for parameter in task.trained.values())
+    task.model.train()
+    kept = kept_by(lambda: task.loss(examples[:size]), task.model)
+    samples = rounds.segments * rounds.steps_per_segment
+    return Measured(size, planned, weights + gradients + moments + kept, min(seconds), min(seconds) * samples / 60)
+
+
+def _planned(task: GradientTask[Any], examples: Sequence[Any]) -> float:
+    """Bytes that a step takes, traced from a copy of the task without values."""
+    real, device = task.model, task.device
+    task.model, task.device = copy.deepcopy(real).to("meta"), torch.device("meta")
+    try:
+        cost = trace(task.model, lambda _: task.loss(examples), 1)
+    finally:
+        task.model, task.device = real, device
+    return cost.memory(1, optimizer=task.config.optimizer)
 
 
 # --- what can be planned ------------------------------------------------------------------------

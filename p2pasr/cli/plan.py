@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from p2pasr.errors import LocalError
+
 
 def plan(
     config: Annotated[
@@ -17,6 +19,9 @@ def plan(
     ] = None,
     memory: Annotated[
         float | None, typer.Option(min=0.5, metavar="GB", help="plan for so much memory instead of what is here")
+    ] = None,
+    shards: Annotated[
+        Path | None, typer.Option(metavar="SHARDS", help="take the first steps of CONFIG.yaml's task on these")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
@@ -29,6 +34,9 @@ def plan(
     from p2pasr.plan import GIB, catalogue, look, plans
     from p2pasr.protocol.manifest import RoundSection, read_config
 
+    if shards is not None:
+        _measure(config, shards, as_json)
+        return
     rounds = RoundSection(rounds=1) if config is None else read_config(config).rounds
     machine = look()
     if memory is not None:
@@ -71,6 +79,41 @@ def plan(
         fits = "yes" if row["fits"] else "no"
         table.add_row(row["kind"], row["model"], trained, f"{row['gib']} GiB", fits, round_time, how)
     console.print(table)
+
+
+def _measure(config: Path | None, shards: Path, as_json: bool) -> None:
+    """Take the first steps of a run's task, and compare them with the plan."""
+    from p2pasr import tasks
+    from p2pasr.plan import GIB, look, measure
+    from p2pasr.protocol.manifest import read_config
+    from p2pasr.runs import shard_paths
+    from p2pasr.tasks.training import GradientTask
+
+    if config is None:
+        raise LocalError("--shards measures a run's own task; name its configuration, CONFIG.yaml, too")
+    read = read_config(config)
+    files = shard_paths(shards)
+    with Console(stderr=True).status("taking the first steps"):
+        pinned = tasks.pin(read.task.kind, read.task.config, None, files)
+        task = tasks.build(read.task.kind, pinned, seed=read.seed, device=look().device, shards=files)
+        if not isinstance(task, GradientTask):
+            raise LocalError(f"a task of the kind {read.task.kind!r} does not say what a step of it takes")
+        found = measure(task, files, read.rounds)
+    about = {
+        "examples": found.examples,
+        "planned_gib": round(found.planned / GIB, 3),
+        "taken_gib": round(found.taken / GIB, 3),
+        "step_seconds": round(found.step_seconds, 3),
+        "minutes": round(found.minutes, 2),
+    }
+    if as_json:
+        typer.echo(json.dumps(about))
+        return
+    typer.echo(
+        f"{found.examples} examples at once take {found.taken / GIB:.2f} GiB "
+        f"({found.taken / found.planned - 1:+.1%} of the {found.planned / GIB:.2f} GiB that were planned); "
+        f"a step takes {found.step_seconds:.2f} s, a round {found.minutes:.1f} min"
+    )
 
 
 def _duration(minutes: float) -> str:

@@ -6,6 +6,7 @@ batches, accumulation, clipping, the schedule, moments and their place in checkp
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -16,13 +17,15 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from p2pasr.errors import NonFiniteStep
+from p2pasr.errors import LocalError, NonFiniteStep
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, SegmentReport
 from p2pasr.tasks.determinism import hardware_class, reproducible, sample_batches, uniform
 from p2pasr.tasks.envelope import adamw_reach
 
 E = TypeVar("E")
+
+_log = logging.getLogger(__name__)
 
 
 class TrainingConfig(BaseModel):
@@ -54,6 +57,7 @@ class GradientTask(Generic[E]):
         device: where it trains.
         model: the module, in float32 where it is trained.
         trained: name → parameter, ascending: what checkpoints hold and peers average.
+        most_at_once: examples that memory had room for when it ran out; None while it never did.
     """
 
     config: TrainingConfig
@@ -61,6 +65,11 @@ class GradientTask(Generic[E]):
     device: torch.device
     model: Any
     trained: dict[str, torch.nn.Parameter]
+    most_at_once: int | None = None
+
+    def initial_params(self) -> Tensors:
+        """See :meth:`p2pasr.tasks.base.Task.initial_params`."""
+        raise NotImplementedError
 
     def examples(self, shards: Sequence[Path]) -> Sequence[E]:
         """What the shards hold for this task, in an order that follows from them.
@@ -135,22 +144,60 @@ class GradientTask(Generic[E]):
         return nullcontext()
 
     def _step(self, optimizer: torch.optim.Optimizer, examples: list[E]) -> float:
-        size = self.config.micro_batch or len(examples)
-        pieces = [examples[start : start + size] for start in range(0, len(examples), size)]
-        weight = sum(map(self.weight, examples))
-        total = 0.0
-        optimizer.zero_grad(set_to_none=True)  # first, for a step that failed may have left some
-        for piece in pieces:
-            with self.autocast():
-                summed = self.loss(piece)
-            torch.autograd.backward(summed / weight)
-            total += float(summed.detach())
+        try:
+            total = self._accumulate(optimizer, examples)
+        except torch.OutOfMemoryError as error:
+            self._take_fewer(len(examples), error)
+            return self._step(optimizer, examples)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm)
-        loss = total / weight
+        loss = total / sum(map(self.weight, examples))
         if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
             raise NonFiniteStep(f"the loss is {loss} and the gradient's norm {float(norm)}: nothing of it is published")
         optimizer.step()
         return loss
+
+    def _accumulate(self, optimizer: torch.optim.Optimizer, examples: list[E]) -> float:
+        """Sum gradients over pieces of a batch; returns its summed loss."""
+        size = self._at_once(len(examples))
+        weight = sum(map(self.weight, examples))
+        total = 0.0
+        optimizer.zero_grad(set_to_none=True)  # first, for a step that failed may have left some
+        for start in range(0, len(examples), size):
+            with self.autocast():
+                summed = self.loss(examples[start : start + size])
+            torch.autograd.backward(summed / weight)
+            total += float(summed.detach())
+        return total
+
+    def _at_once(self, examples: int) -> int:
+        """How many examples of a batch go through the model together."""
+        return min(limit for limit in (examples, self.config.micro_batch, self.most_at_once) if limit is not None)
+
+    def _take_fewer(self, examples: int, error: Exception) -> None:
+        """Memory ran out: let half as many examples through the model at once from now on.
+
+        Gradients are summed over the pieces, so that nothing else changes and audits find the step
+        `close`. Not where the model drops out: its masks follow from the pieces.
+
+        Raises:
+            LocalError: it drops out, or one example is too many.
+        """
+        size = self._at_once(examples)
+        drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.model.modules())
+        drops = drops or float(getattr(getattr(self.model, "config", None), "dropout", 0.0)) > 0
+        if size == 1:
+            raise LocalError(
+                "not even one example fits this device's memory; p2pasr plan says what does"
+            ) from error
+        if drops:
+            raise LocalError(
+                f"{size} examples at once do not fit the memory of this device, and a model that drops out trains "
+                f"otherwise in smaller pieces: start the run with task.config.micro_batch: {size // 2}"
+            ) from error
+        self.most_at_once = size // 2
+        _log.warning("%d examples at once do not fit the memory of this device; %d do from now on", size, size // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _optimizer(self, start: Checkpoint) -> torch.optim.Optimizer:
         config = self.config

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from p2pasr import tasks
 from p2pasr.cli import app
-from p2pasr.plan import BATCHES, GIB, Choice, Machine, plan, plans, whisper
+from p2pasr.plan import BATCHES, GIB, Choice, Machine, measure, plan, plans, whisper
 from p2pasr.protocol.manifest import RoundSection
 from p2pasr.tasks.cost import Cost, kept_by, trace
+from p2pasr.tasks.training import GradientTask
+
+from .conftest import MODEL
 
 ROUNDS = RoundSection(rounds=1)
 
@@ -113,6 +118,27 @@ def test_the_plainest_settings_that_fit_are_proposed() -> None:
 
     assert next(plans([ways], roomy, ROUNDS)).choice.settings == {}
     assert next(plans([ways], tight, ROUNDS)).choice.settings == {"saving": True}
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_first_steps_take_what_was_planned(kind: str, shard_files: Sequence[Path]) -> None:
+    task = tasks.build(kind, {"model": MODEL}, seed=0)
+    assert isinstance(task, GradientTask)
+    found = measure(task, shard_files, ROUNDS, steps=1)
+
+    assert found.taken == pytest.approx(found.planned, rel=0.15)
+    assert found.minutes == pytest.approx(found.step_seconds * ROUNDS.segments * ROUNDS.steps_per_segment / 60)
+
+
+def test_the_command_measures_a_runs_own_task(shards: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("name: x\ntask: {kind: lora, config: {model: p2pasr/demo-base}}\nrounds: {rounds: 1}\n")
+    result = CliRunner().invoke(app, ["plan", str(config), "--shards", str(shards), "--json"])
+
+    found = json.loads(result.stdout)
+    assert found["taken_gib"] == pytest.approx(found["planned_gib"], rel=0.15)
+    alone = CliRunner().invoke(app, ["plan", "--shards", str(shards)])
+    assert str(alone.exception).startswith("--shards measures a run's own task")
 
 
 def test_the_command_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:

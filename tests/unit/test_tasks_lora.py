@@ -682,3 +682,50 @@ def test_a_window_is_heard_in_whole_positions_of_the_encoder(make_task: MakeTask
     # 1.1 s is 55 positions, though 1.1 * 50 is above 55 in binary.
     windows = {3.0: 300, 2.0: 200, 1.1: 110, 0.14: 14, 1.01: 102, 2.007: 202}
     assert {window: make_task(window_seconds=window).frames for window in windows} == windows
+
+
+# --- a device that is too small -------------------------------------------------------------------
+
+
+class Cramped:
+    """A loss that has room for so many examples at once."""
+
+    def __init__(self, task: LoraTask, room: int) -> None:
+        self.loss, self.room, self.sizes = task.loss, room, list[int]()
+
+    def __call__(self, examples: Sequence[Any]) -> torch.Tensor:
+        self.sizes.append(len(examples))
+        if len(examples) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.loss(examples)
+
+
+def test_a_batch_that_does_not_fit_is_trained_in_smaller_pieces(
+    make_task: MakeTask, shard_files: Shards, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    roomy, small = make_task(steady=True), make_task(steady=True)
+    cramped = Cramped(small, 3)
+    monkeypatch.setattr(small, "loss", cramped)
+    end, _ = roomy.segment(start_of(roomy), shard_files, plan(samples=8))
+    again, _ = small.segment(start_of(small), shard_files, plan(samples=8))
+
+    assert cramped.sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert distance(moved(roomy, end), moved(roomy, again)) < 1e-3
+    assert "8 examples at once do not fit the memory of this device; 4 do from now on" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("steady", "room", "sentence"),
+    [
+        (True, 0, r"^not even one example fits this device's memory; p2pasr plan says what does$"),
+        (False, 3, r"^4 examples at once do not fit .* start the run with task\.config\.micro_batch: 2$"),
+    ],
+)
+def test_what_no_piece_can_mend_is_one_sentence(
+    make_task: MakeTask, shard_files: Shards, monkeypatch: pytest.MonkeyPatch, steady: bool, room: int, sentence: str
+) -> None:
+    task = make_task(steady=steady)
+    monkeypatch.setattr(task, "loss", Cramped(task, room))
+
+    with pytest.raises(LocalError, match=sentence):
+        task.segment(start_of(task), shard_files, plan(samples=4))
