@@ -186,9 +186,7 @@ class GradientTask(Generic[E]):
         drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.model.modules())
         drops = drops or float(getattr(getattr(self.model, "config", None), "dropout", 0.0)) > 0
         if size == 1:
-            raise LocalError(
-                "not even one example fits this device's memory; p2pasr plan says what does"
-            ) from error
+            raise LocalError("not even one example fits this device's memory; p2pasr plan says what does") from error
         if drops:
             raise LocalError(
                 f"{size} examples at once do not fit the memory of this device, and a model that drops out trains "
