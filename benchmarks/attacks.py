@@ -145,7 +145,7 @@ def play(scene: Scene, seed: int) -> Tally:
         for auditor in present:
             if auditor in cheats:
                 continue
-            for duty in segments_to_rerun(section, after, claims, auditor):
+            for duty in segments_to_rerun(section, after, claims, auditor, {}):
                 tally.audits += 1
                 if duty.peer in cheats and duty.item < scene.cheated:
                     found.add(duty.peer)
@@ -220,6 +220,7 @@ def _claim(peer: str, number: int, state: bytes, against: set[str] | tuple[str, 
         loss_after=1.0,
         hardware="simulated",
         against=tuple(sorted(against)),
+        strikes=(),
     )
     return Signed(claim, b"")
 
