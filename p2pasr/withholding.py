@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from p2pasr.round import Member
 
 RETRY_SECONDS: Final = 20.0
-"""How long whoever opens nothing yet is asked again: it may have finished the round before a moment later."""
+"""How long those are asked again that have not finished the round before: they open everything when they have."""
 
 PAUSE_SECONDS: Final = 1.0
 
@@ -141,7 +141,7 @@ def _try(member: Member, record: RoundRecord, doubt: Doubt, retries_end: float, 
                 member.link.call("part", OPEN_SECONDS, claim=claim.pack(), index=doubt.index)
             break
         except (TransportError, RemoteError):
-            if time.monotonic() + PAUSE_SECONDS > retries_end:
+            if time.monotonic() + PAUSE_SECONDS > retries_end or not _is_behind(member, claim.message.peer):
                 return None
             time.sleep(PAUSE_SECONDS)
     if doubt.auditor != member.peer and CHANCE.random() >= SECOND_AUDITORS / len(record.members):
@@ -153,6 +153,12 @@ def _try(member: Member, record: RoundRecord, doubt: Doubt, retries_end: float, 
         return 0
     tell(member, check_opened(member, claim, duty, opened), "segment", began)
     return 1
+
+
+def _is_behind(member: Member, peer: str) -> bool:
+    """Whether a peer says that it is still in a round before ours."""
+    entry = member.records.roster(member.cohort).get(peer)
+    return entry is not None and entry.round < member.state.round
 
 
 def _own_warning(member: Member, doubt: Doubt) -> str:

@@ -37,20 +37,20 @@ def ledger(
         typer.echo(json.dumps({"round": state.round, "state": state.digest.hex(), "peers": rows}, indent=1))
         return
     table = Table(title=f"{saved.manifest.name}, before round {state.round}", title_justify="left")
-    table.caption = "banned: in which round; rounds: those that this peer took part in; strikes: those that count, and "
-    table.caption += "until which round the peer is suspended"
+    table.caption = "banned: in which round; rounds: those that this peer took part in; strikes: those that count"
     for column in ("", "peer", "audio", "trust", "rounds", "checked", "proofs", "strikes", "banned"):
-        table.add_column(column, justify="left" if column in ("peer", "checked", "proofs", "strikes") else "right")
+        table.add_column(column, justify="left" if column in ("peer", "checked", "proofs") else "right")
     for place, row in enumerate(rows, 1):
         checked = ", ".join(f"{count} {finding}" for finding, count in row["checked"].items())
         banned = "" if row["banned"] is None else str(row["banned"])
         struck = str(row["strikes"] or "")
-        if row["suspended"] is not None:
-            struck += f", out until {row['suspended']}"
         numbers = (f"{row['credit']:,.0f} s", f"{row['trust']:.2f}", str(len(row["rounds"])))
         table.add_row(str(place), short(row["peer"]), *numbers, checked, ", ".join(row["proofs"]), struck, banned)
     console = Console(markup=False)
     console.print(table)
+    for row in rows:
+        if row["suspended"] is not None:
+            console.print(f"{row['peer']} is suspended until round {row['suspended']}.", soft_wrap=True)
     if rows and rows[0]["credit"] > 0 and rows[0]["banned"] is None:
         hours = rows[0]["credit"] / 3600
         console.print(f"Thank you, {rows[0]['peer']}: {hours:.2f} h of audio in this model are yours.", soft_wrap=True)

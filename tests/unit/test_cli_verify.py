@@ -314,7 +314,7 @@ def test_the_ledger_thanks_the_first(verify: Command, home: tuple[RunManifest, P
     assert result.code == 0
     assert result.out.splitlines()[-1].startswith("Thank you, ")
     assert BOB.peer in result.out.splitlines()[-1]
-    assert "2, out until 9" in result.out
+    assert f"{ANNE.peer} is suspended until round 9." in result.out
     assert result.out.index(BOB.peer[-6:]) < result.out.index(ANNE.peer[-6:]) < result.out.index(EVE.peer[-6:])
 
 
