@@ -61,7 +61,7 @@ def member(store: BlobStore, journal: Journal, calls: list[tuple[str, dict[str, 
 
 
 def told(member: Member) -> list[str]:
-    lines = cast("io.StringIO", member.report._stream).getvalue().splitlines()
+    lines = cast("io.StringIO", member.report._out).getvalue().splitlines()
     return [json.loads(line)["message"] for line in lines]
 
 
