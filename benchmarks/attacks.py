@@ -7,6 +7,7 @@ against anybody. Beside what came out stands what follows from `detection_probab
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -26,11 +27,12 @@ from p2pasr import runs
 from p2pasr.demo.fleet import Event, Fleet, Process
 from p2pasr.demo.swarm import demo_config, prepare_speech
 from p2pasr.errors import TransportError
-from p2pasr.protocol.audits import detection_probability, segments_to_rerun
+from p2pasr.protocol.audits import detection_probability, draw_auditors, segments_to_rerun
 from p2pasr.protocol.encoding import blob_digest, keyed_bytes
 from p2pasr.protocol.manifest import VerifySection
 from p2pasr.protocol.messages import Claim, Signed
 from p2pasr.protocol.state import condemn, genesis
+from p2pasr.protocol.strikes import Strike, audit_rate, strike, suspended
 from p2pasr.speech.prepare import Settings, prepare
 from p2pasr.speech.synthetic import write_corpus
 from p2pasr.tasks.base import Checkpoint, SegmentPlan
@@ -39,6 +41,7 @@ from p2pasr.verify.evidence import Judge, compare_ends
 SEGMENTS: Final = 4
 RATES: Final = (1 / 16, 1 / 4, 1.0)
 MOST_ROUNDS: Final = 600
+WITHHOLDERS_SWARM: Final = 8
 
 CAPABILITIES: Final = ("default", "avx2", "avx512")
 """What torch can be told to take of a CPU's instructions, by `ATEN_CPU_CAPABILITY`."""
@@ -76,7 +79,7 @@ SCENES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table, as `--json` prints it: rounds until all cheats are banned.
+    """One line of the table, as `--json` prints it: rounds until all cheats are banned, or suspended.
 
     Attributes:
         found_percent: of the cheats' claims, how many were found in their round.
@@ -122,7 +125,8 @@ class Tally:
 
 def simulate(seeds: int) -> list[Row]:
     """Every scene, over so many seeds."""
-    return [_row(scene, [play(scene, seed) for seed in range(seeds)]) for scene in SCENES]
+    banned = [_row(scene, [play(scene, seed) for seed in range(seeds)]) for scene in SCENES]
+    return banned + [_withholding_row(rate, [withhold(rate, seed) for seed in range(seeds)]) for rate in RATES]
 
 
 def play(scene: Scene, seed: int) -> Tally:
@@ -145,7 +149,7 @@ def play(scene: Scene, seed: int) -> Tally:
         for auditor in present:
             if auditor in cheats:
                 continue
-            for duty in segments_to_rerun(section, after, claims, auditor):
+            for duty in segments_to_rerun(section, after, claims, auditor, {}):
                 tally.audits += 1
                 if duty.peer in cheats and duty.item < scene.cheated:
                     found.add(duty.peer)
@@ -160,6 +164,53 @@ def play(scene: Scene, seed: int) -> Tally:
         proved |= found
     tally.honest_banned = len(bans.keys() - cheats)
     return tally
+
+
+def withhold(rate: float, seed: int) -> Tally:
+    """One run of a peer that opens nothing among seven honest ones, until it is suspended.
+
+    Whenever one of its claims is drawn, all others name it in the second round after.
+    """
+    peers = [_peer(seed, number) for number in range(WITHHOLDERS_SWARM)]
+    section, who = VerifySection(rate=rate), peers[0]
+    strikes: dict[str, Strike] = {}
+    drawn: set[int] = set()
+    tally = Tally(0, 0, 0, 0.0, 0, 0, 0)
+    while not suspended(strikes, tally.rounds, section):
+        number = tally.rounds
+        state = blob_digest(b"state", seed.to_bytes(4, "big"), number.to_bytes(4, "big"))
+        named = (who,) if number - 2 in drawn else ()
+        claims = [_claim(peer, number, state, (), named if peer != who else ()) for peer in peers]
+        strikes = strike(strikes, [claim.message for claim in claims], number, section)
+        audits = [draw_auditors(section, blob_digest(b"after", state), each, peers, strikes) for each in claims]
+        tally.claims += 1
+        tally.expected += audit_rate(section, strikes, who)
+        tally.audits += sum(map(len, audits))
+        tally.trained += SEGMENTS * len(peers)
+        tally.rounds += 1
+        if audits[0]:
+            drawn.add(number)
+            tally.found += 1
+    tally.honest_banned = len(strikes.keys() - {who})
+    return tally
+
+
+def rounds_until_suspended(share: float, rate: float) -> int:
+    """Rounds after which a peer that opens nothing is suspended in such a share of runs.
+
+    Its second drawn claim suspends it, two rounds later; from two rounds after the first on, its rate is doubled.
+    """
+    doubled = min(1.0, 2 * rate)
+
+    def within(rounds: int) -> float:
+        chance = 0.0
+        for first in range(rounds - 3):
+            left = rounds - 3 - first
+            missed = (1 - rate) * (1 - doubled) ** (left - 1)
+            chance += rate * (1 - rate) ** first * (1 - missed)
+        return chance
+
+    return next(rounds for rounds in itertools.count(4) if within(rounds) >= share)
 
 
 def rounds_until(share: float, probability: float, cheats: int) -> int:
@@ -197,12 +248,33 @@ def _row(scene: Scene, tallies: Sequence[Tally]) -> Row:
     )
 
 
+def _withholding_row(rate: float, tallies: Sequence[Tally]) -> Row:
+    cuts = quantiles([tally.rounds for tally in tallies], n=20, method="inclusive")
+    claims, found = sum(tally.claims for tally in tallies), sum(tally.found for tally in tallies)
+    predicted = sum(tally.expected for tally in tallies) / claims
+    return Row(
+        attack=f"1 of {WITHHOLDERS_SWARM}, opens nothing (suspended)",
+        rate=rate,
+        median=cuts[9],
+        predicted=rounds_until_suspended(0.5, rate),
+        p95=cuts[18],
+        predicted_p95=rounds_until_suspended(0.95, rate),
+        found_percent=100 * found / claims,
+        predicted_percent=100 * predicted,
+        agrees=within_interval(found, claims, predicted),
+        honest_banned=sum(tally.honest_banned for tally in tallies),
+        audits_percent=100 * sum(tally.audits for tally in tallies) / sum(tally.trained for tally in tallies),
+    )
+
+
 def _peer(seed: int, number: int) -> str:
     key = keyed_bytes(b"peer" + seed.to_bytes(4, "big") + number.to_bytes(4, "big"), 32)
     return base58.b58encode(bytes.fromhex("002408011220") + key).decode()
 
 
-def _claim(peer: str, number: int, state: bytes, against: set[str] | tuple[str, ...]) -> Signed[Claim]:
+def _claim(
+    peer: str, number: int, state: bytes, against: Iterable[str], strikes: tuple[str, ...] = ()
+) -> Signed[Claim]:
     nothing = bytes(32)
     claim = Claim(
         run=nothing,
@@ -220,6 +292,7 @@ def _claim(peer: str, number: int, state: bytes, against: set[str] | tuple[str, 
         loss_after=1.0,
         hardware="simulated",
         against=tuple(sorted(against)),
+        strikes=strikes,
     )
     return Signed(claim, b"")
 

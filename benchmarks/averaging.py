@@ -147,6 +147,7 @@ class _Ours:
             loss_after=1.0,
             hardware="benchmark",
             against=(),
+            strikes=(),
         )
         return {
             "round": number,
@@ -154,6 +155,7 @@ class _Ours:
             "covered": {},
             "credit": {},
             "bans": {},
+            "suspended": {},
             "bits": 0,
             "claim": seal(identity, claim).pack(),
             "delta": delta,

@@ -255,7 +255,7 @@ class Simulation:
         most = self.manifest.averaging.max_group
         members = self.random.sample(group, min(most, len(group)))
         claims = [self._claim(peer, before, cohort) for peer in members]
-        weights = rules.weights(claims, self.manifest, before.credit)
+        weights = rules.weights(claims, self.manifest, before.standing)
         deltas = [self.layout.encode(self._learned(before)) for _ in members]
         rule = self.manifest.averaging.rule
         center = rules.Center(None, range(len(members)))

@@ -10,13 +10,14 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
 from p2pasr.averaging.codec import Layout
 from p2pasr.errors import LocalError, NonFiniteStep, P2pasrError, Reject, RemoteError, TransportError
 from p2pasr.having import fetch_shards, shard_path
 from p2pasr.peers.blobs import Kind
-from p2pasr.protocol.audits import Duty, parts_to_reduce, segments_to_rerun
+from p2pasr.protocol.audits import Duty, draw_auditors, parts_to_reduce, segments_to_rerun
 from p2pasr.protocol.encoding import MEBIBYTE, blob_digest
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import (
@@ -45,6 +46,7 @@ from p2pasr.verify.evidence import (
     Proof,
     ReductionProof,
     SegmentProof,
+    Undecided,
     compare_ends,
     delta_of,
     pack_proof,
@@ -72,7 +74,7 @@ NOTHING: Final = bytes(32)
 def offer(member: Member) -> None:
     """Open what this peer's claims of the last rounds committed to, to those who may see it."""
     offers, records = [], set()
-    for number, trace in sorted(member.journal.traces().items()):
+    for number, trace in sorted(kept_traces(member).items()):
         packed = bytes.fromhex(trace["claim"])
         record = member.journal.read_record(number)
         if record is not None:
@@ -91,43 +93,52 @@ def offer(member: Member) -> None:
     member.link.call("ban", OPEN_SECONDS, peers=sorted(member.state.bans))
 
 
+def kept_traces(member: Member) -> dict[int, dict[str, Any]]:
+    """The journal's traces, with that of a claim that was merged while this peer was away."""
+    traces, pending = member.journal.traces(), member.journal.pending()
+    if pending is not None and pending.round < member.state.round and pending.round not in traces:
+        traces[pending.round] = {
+            "claim": pending.claim.hex(),
+            "delta": pending.delta.hex(),
+            "checkpoints": [digest.hex() for digest in pending.checkpoints],
+        }
+        member.journal.keep_traces(traces)
+    return traces
+
+
 def _drawn(member: Member, number: int, claim: bytes) -> dict[str, list[int]]:
     """Auditor → the segments of this peer's claim that were drawn for it."""
-    record = _record(member, number)
+    record = record_of(member, number)
     if record is None:
         return {}
-    ours = unseal(claim, Claim).digest
-    section, drawn = member.manifest.verify, {}
-    for auditor in (each.message.peer for each in record.members):
-        duties = segments_to_rerun(section, record.after, record.members, auditor)
-        segments = [duty.item for duty in duties if duty.statement == ours]
-        if segments:
-            drawn[auditor] = segments
-    return drawn
+    members = [each.message.peer for each in record.members]
+    section, strikes = member.manifest.verify, member.state.strikes
+    duties = draw_auditors(section, record.after, unseal(claim, Claim), members, strikes)
+    return {auditor: [duty.item] for auditor, duty in duties.items()}
 
 
 def check_last_round(member: Member) -> int:
     """Do what was drawn for this peer of the round before, once; returns how many segments were trained again."""
     offer(member)
     hear(member)
-    record = _record(member, member.state.round - 1)
+    record = record_of(member, member.state.round - 1)
     if record is None or record.after != member.state.digest or member.checked == record.after:
         return 0
     member.checked = record.after
     section = member.manifest.verify
     findings: list[Finding] = []
     done = 0
-    for duty in segments_to_rerun(section, record.after, record.members, member.peer):
+    for duty in segments_to_rerun(section, record.after, record.members, member.peer, member.state.strikes):
         if _is_settled(member, duty.peer):
             continue
         claim = next(each for each in record.members if each.digest == duty.statement)
         began = time.monotonic()
-        findings.append(_tell(member, check_segment(member, claim, duty), "segment", began))
+        findings.append(tell(member, check_segment(member, claim, duty), "segment", began))
         done += 1
     for duty in parts_to_reduce(section, record.after, record.receipts, member.peer):
         if not _is_settled(member, duty.peer):
             began = time.monotonic()
-            findings.append(_tell(member, check_part_of(member, record, duty), "part", began))
+            findings.append(tell(member, check_part_of(member, record, duty), "part", began))
     if findings:
         audit = Audit(member.state.run, member.peer, record.round, record.after, tuple(findings[:MAX_FINDINGS]))
         signed = seal(member.identity, audit)
@@ -140,14 +151,14 @@ def _is_settled(member: Member, peer: str) -> bool:
     return peer in member.proved or peer in member.state.bans or peer == member.peer
 
 
-def _record(member: Member, number: int) -> RoundRecord | None:
+def record_of(member: Member, number: int) -> RoundRecord | None:
     """What this peer kept of a round that it took part in; None of one that mixed cohorts."""
     packed = member.journal.read_record(number) if number >= 0 else None
     record = None if packed is None else read_record(packed)
     return record if isinstance(record, RoundRecord) else None
 
 
-def _tell(member: Member, finding: Finding, what: str, began: float) -> Finding:
+def tell(member: Member, finding: Finding, what: str, began: float) -> Finding:
     """Report a finding as an event, with the seconds since it was begun."""
     member.report.emit(
         "audit",
@@ -228,6 +239,33 @@ def conclude_segment(
     return Finding(duty.peer, duty.statement, duty.item, kind, error, blob_digest(rerun), salt)
 
 
+def open_segment(member: Member, claim: Signed[Claim], segment: int, until: float = inf) -> Opened:
+    """What a segment's author committed to around it, once it is open to everybody.
+
+    Args:
+        until: when waiting for it ends at the latest, as `time.monotonic` counts.
+
+    Raises:
+        TransportError: it does not open it.
+        Reject: what it opens does not lie under the claim's root.
+    """
+    indices = {index for index in (segment - 1, segment, claim.message.segments - 1) if index >= 0}
+    opened = {index: open_checkpoint(member, claim, index, None, until) for index in indices}
+    return Opened(opened.get(segment - 1), opened[segment], opened[claim.message.segments - 1])
+
+
+def check_opened(member: Member, claim: Signed[Claim], duty: Duty, opened: Opened) -> Finding:
+    """Train a segment again whose ends were opened before."""
+    member.report.progress(f"round {claim.message.round}: segment {duty.item + 1} of {short(duty.peer)}", 0, 1)
+    state = parse_state(member.store.get(claim.message.state), member.manifest, member.like)
+    try:
+        start = None if opened.start is None else opened.start.data
+        rerun = train_again(member, claim.message, duty.item, state, start)
+    except (TransportError, RemoteError) as error:
+        return unavailable(member, duty, error)
+    return conclude_segment(member, claim, duty, opened, rerun, NOTHING)
+
+
 def unavailable(
     member: Member, duty: Duty, error: Exception, result: bytes = NOTHING, salt: bytes = NOTHING
 ) -> Finding:
@@ -236,7 +274,9 @@ def unavailable(
     return Finding(duty.peer, duty.statement, duty.item, "unavailable", 0.0, result, salt)
 
 
-def open_checkpoint(member: Member, claim: Signed[Claim], index: int, commitment: bytes | None) -> Opening:
+def open_checkpoint(
+    member: Member, claim: Signed[Claim], index: int, commitment: bytes | None, until: float = inf
+) -> Opening:
     """Have a checkpoint of a claim opened, and fetch it.
 
     Raises:
@@ -244,7 +284,8 @@ def open_checkpoint(member: Member, claim: Signed[Claim], index: int, commitment
         Reject: it does not lie under the claim's root.
     """
     answer = member.link.call("open", OPEN_SECONDS, claim=claim.pack(), checkpoint=index, commitment=commitment)
-    data = fetch(member, "checkpoint", answer["digest"], max_checkpoint_bytes(member.manifest), claim.message.peer)
+    most = max_checkpoint_bytes(member.manifest)
+    data = fetch(member, "checkpoint", answer["digest"], most, claim.message.peer, until)
     return Opening(data, tuple(answer["proof"]))
 
 
@@ -357,7 +398,8 @@ def hear(member: Member) -> None:
     """Read the proofs that others say they have, and check them before anything follows from one.
 
     To check one can take as long as to train a segment. So only peers are heard of which work was merged, for keys are
-    free; and whoever was heard once with a proof that proves nothing is not heard again.
+    free; and whoever was heard once with a proof that proves nothing is not heard again. The accusation is signed and
+    names the proof's digest, so that a proof that no honest peer makes is a reason for a strike.
     """
     try:
         accusations = member.records.accusations(member.cohort)
@@ -372,7 +414,17 @@ def hear(member: Member) -> None:
                 continue
             member.heard.add(charge.proof)
             try:
-                proof = unpack_proof(fetch(member, "proof", charge.proof, max_proof_bytes(member.manifest), accuser))
+                packed = fetch(member, "proof", charge.proof, max_proof_bytes(member.manifest), accuser)
+            except RemoteError as error:  # other bytes than the accusation names, perhaps another's
+                member.distrusted.add(accuser)
+                member.report.warn(f"{short(accuser)} accuses {short(charge.accused)} and gives no proof: {error}")
+                continue
+            except (TransportError, LocalError) as error:
+                member.heard.discard(charge.proof)
+                member.report.warn(f"a proof against {short(charge.accused)} cannot be had yet: {error}")
+                continue
+            try:
+                proof = unpack_proof(packed)
                 if proof.accused != charge.accused:
                     raise Reject("it is about another peer")
                 sentence = proof.check(judge_of(member))
@@ -384,8 +436,15 @@ def hear(member: Member) -> None:
                 member.report.warn(
                     f"{short(accuser)} accuses {short(charge.accused)} without proof and is not heard again: {error}"
                 )
+                if isinstance(error, Reject) and not isinstance(error, Undecided):
+                    note_strike(member, accuser)
             else:
                 convict(member, proof, sentence)
+
+
+def note_strike(member: Member, peer: str) -> None:
+    """Name a peer for a strike in the claims of this round and the next: not all see what it did in the same."""
+    member.strikes[peer] = member.state.round
 
 
 def judge_of(member: Member) -> Judge:
@@ -397,9 +456,10 @@ def judge_of(member: Member) -> Judge:
     return Judge(member.manifest, member.like, rerun)
 
 
-def fetch(member: Member, kind: Kind, digest: bytes, most: int, peer: str) -> bytes:
+def fetch(member: Member, kind: Kind, digest: bytes, most: int, peer: str, until: float = inf) -> bytes:
     """A blob, from a peer that is said to have it."""
-    member.link.call("fetch", BLOB_SECONDS, digest=digest, kind=kind, max_bytes=most, peers=[peer])
+    seconds = min(BLOB_SECONDS, max(1.0, until - time.monotonic()))
+    member.link.call("fetch", seconds, digest=digest, kind=kind, max_bytes=most, peers=[peer])
     return member.store.get(digest)
 
 

@@ -13,16 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from p2pasr.auditing import (
-    NOTHING,
-    Opened,
-    check_part_of,
-    conclude_segment,
-    fetch,
-    open_checkpoint,
-    train_again,
-    unavailable,
-)
+from p2pasr.auditing import Opened, check_opened, check_part_of, fetch, open_segment, unavailable
 from p2pasr.errors import RemoteError, TransportError
 from p2pasr.peers.sync import fetch_state
 from p2pasr.protocol.agreement import agree
@@ -31,7 +22,8 @@ from p2pasr.protocol.cohorts import cohort_of
 from p2pasr.protocol.messages import Attestation, Claim, Finding, Signed
 from p2pasr.protocol.rules import RoundView
 from p2pasr.protocol.signing import short
-from p2pasr.protocol.state import mix_due, parse_state
+from p2pasr.protocol.state import mix_due
+from p2pasr.protocol.strikes import suspended
 from p2pasr.round import Member, attestations_around
 from p2pasr.verify.record import MAX_RECORD_BYTES, RoundRecord, check_record
 
@@ -155,30 +147,6 @@ def check_round(member: Member, line: Line, number: int, rate: float) -> Iterato
         yield Look(number, "segment", check_opened(member, claim, duty, opened))
 
 
-def open_segment(member: Member, claim: Signed[Claim], segment: int) -> Opened:
-    """What a segment's author committed to around it.
-
-    Raises:
-        TransportError: it does not open it.
-        Reject: what it opens does not lie under the claim's root.
-    """
-    indices = {index for index in (segment - 1, segment, claim.message.segments - 1) if index >= 0}
-    opened = {index: open_checkpoint(member, claim, index, None) for index in indices}
-    return Opened(opened.get(segment - 1), opened[segment], opened[claim.message.segments - 1])
-
-
-def check_opened(member: Member, claim: Signed[Claim], duty: Duty, opened: Opened) -> Finding:
-    """Train a segment again whose ends were opened before."""
-    member.report.progress(f"round {claim.message.round}: segment {duty.item + 1} of {short(duty.peer)}", 0, 1)
-    state = parse_state(member.store.get(claim.message.state), member.manifest, member.like)
-    try:
-        start = None if opened.start is None else opened.start.data
-        rerun = train_again(member, claim.message, duty.item, state, start)
-    except (TransportError, RemoteError) as error:
-        return unavailable(member, duty, error)
-    return conclude_segment(member, claim, duty, opened, rerun, NOTHING)
-
-
 def find_record(member: Member, line: Line, number: int) -> RoundRecord:
     """The record of a round, from whoever of those who attest its outcome gives one that holds.
 
@@ -191,8 +159,9 @@ def find_record(member: Member, line: Line, number: int) -> RoundRecord:
     if mix_due(state, member.manifest):
         raise TransportError("cohorts were mixed in it, and nothing was trained")
     cohort = cohort_of(state.run, line.peers[0], state.bits)
-    ledger = state.covered, state.credit, state.bans
-    view = RoundView(member.manifest, state.run, state.round, state.digest, *ledger, cohort)
+    ledger = state.covered, state.standing, state.bans
+    out = suspended(state.strikes, state.round, member.manifest.verify)
+    view = RoundView(member.manifest, state.run, state.round, state.digest, *ledger, cohort, out)
     for peer in line.peers:
         try:
             named = member.link.call("record", ASK_SECONDS, peer=peer, round=number)["digest"]

@@ -58,6 +58,7 @@ from p2pasr.protocol.mixing import NO_CHOICE, Ledger, Part, Tally
 from p2pasr.protocol.rules import RoundView
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, advance, mix_due, parse_state, remember
+from p2pasr.protocol.strikes import suspended
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.report import Report
 from p2pasr.tasks.base import Bounded, Checkpoint, OnStep, SegmentPlan, Task
@@ -65,6 +66,7 @@ from p2pasr.verify.conflict import Conflict, contradict
 from p2pasr.verify.evidence import ConflictProof
 from p2pasr.verify.record import MixRecord, RoundRecord, check_record, in_every_part
 from p2pasr.verify.trace import Trace, retain_traces
+from p2pasr.withholding import ask_again
 
 T = TypeVar("T")
 
@@ -101,6 +103,9 @@ SLACK: Final = 1.01
 LOOKS_AT_ONCE: Final = 8
 """How many places of the directory are read at a time."""
 
+VOTE_ROUNDS: Final = 2
+"""In how many rounds a peer names another for a strike: not all see in the same one what it did."""
+
 CONTRIBUTE_SECONDS: Final = 120.0
 STATUS_SECONDS: Final = 20.0
 
@@ -121,7 +126,9 @@ class Member:
         proved: peers that this one has seen proved to cheat.
         shunned: those that gave members of this round different results; it is averaged without them.
         charges: where the proofs that this peer holds can be had, by the accused.
+        strikes: peers that it names for a strike, and the round in which it saw why.
         checked: digest of the state whose round it has checked last.
+        asked: digest of the state of whose round it has asked again for what others could not have.
         heard: digests of the proofs that it has looked at.
         distrusted: peers that accused somebody without proof.
         whole: shards whose bytes this process has compared with their digests.
@@ -148,7 +155,9 @@ class Member:
     proved: set[str] = field(default_factory=set)
     shunned: set[str] = field(default_factory=set)
     charges: dict[str, Charge] = field(default_factory=dict)
+    strikes: dict[str, int] = field(default_factory=dict)
     checked: bytes = b""
+    asked: bytes = b""
     heard: set[bytes] = field(default_factory=set)
     distrusted: set[str] = field(default_factory=set)
     whole: set[bytes] = field(default_factory=set)
@@ -177,6 +186,11 @@ class Member:
             self._view = _view(self.manifest, self.state, self.cohort)
         return self._view
 
+    @property
+    def out(self) -> set[str]:
+        """Those who take no part in this round: banned for good, or suspended for a while."""
+        return {*self.state.bans, *self.view.suspended}
+
     def line_to(self, state: State) -> tuple[bytes, ...]:
         """Digests of the states that a state grew from, the newest first, as far as they are known here."""
         if state.digest == self.state.digest and self.lineage:
@@ -192,7 +206,7 @@ class Member:
     def in_our_round(self, roster: Mapping[str, Roster]) -> dict[str, Roster]:
         """Those of a roster who work on the same round from the same state."""
         ours = (self.state.round, self.state.digest)
-        present = {p: entry for p, entry in roster.items() if p not in self.state.bans and self.manifest.admits(p)}
+        present = {p: entry for p, entry in roster.items() if p not in self.out and self.manifest.admits(p)}
         return {peer: entry for peer, entry in present.items() if (entry.round, entry.state) == ours}
 
     def say(self, stage: Stage, segments: int = 0) -> None:
@@ -222,7 +236,9 @@ class Member:
 
 def _view(manifest: RunManifest, state: State, cohort: Cohort) -> RoundView:
     number, digest = state.round, state.digest
-    return RoundView(manifest, state.run, number, digest, state.covered, state.credit, state.bans, cohort)
+    ledger = state.covered, state.standing, state.bans
+    out = suspended(state.strikes, number, manifest.verify)
+    return RoundView(manifest, state.run, number, digest, *ledger, cohort, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,14 +298,18 @@ def run_round(member: Member) -> bool:
         return True
     if member.state.round >= member.manifest.rounds.rounds:
         return False
+    if member.fresh:  # who was away is asked for what it claimed before it can join a round
+        offer(member)
     check_admitted(member)
+    if is_suspended(member):
+        return False
     if mix_due(member.state, member.manifest):
         return mix_cohorts(member)
     if not ready_to_train(member):
         return False
     work = resume(member)
     if work is None:
-        checked = check_last_round(member)
+        checked = check_last_round(member) + ask_again(member)
         shards = assign_shards(member)
         trained = train(member, shards, max(1, member.manifest.rounds.segments - checked))
         if trained is None:
@@ -374,9 +394,9 @@ def attestations(member: Member) -> dict[str, Signed[Attestation]]:
 
 
 def attested_in(member: Member, cohort: Cohort) -> dict[str, Signed[Attestation]]:
-    """What others attest in a cohort, but for those that are banned."""
-    seen = member.records.attestations(member.manifest, cohort)
-    return {peer: signed for peer, signed in seen.items() if peer not in member.state.bans}
+    """What others attest in a cohort, but for those that are banned or suspended."""
+    seen, out = member.records.attestations(member.manifest, cohort), member.out
+    return {peer: signed for peer, signed in seen.items() if peer not in out}
 
 
 def attestations_around(member: Member) -> dict[str, Signed[Attestation]]:
@@ -448,6 +468,8 @@ def hold(member: Member, state: State) -> None:
     """Make a state ours, on disk first."""
     member.store.put("state", *state.pieces)
     member.journal.hold(state.round, state.digest)
+    if state.strikes.get(member.peer) not in (None, member.state.strikes.get(member.peer)):
+        member.report.warn(strike_warning(member, state))
     member.lineage = member.line_to(state)
     member.state = state
     member.unsettled = None
@@ -455,6 +477,18 @@ def hold(member: Member, state: State) -> None:
     member.shunned.clear()
     kept = sorted(member.journal.held().items())[-member.manifest.retention.state_rounds :]
     member.store.retain("state", {digest for _, digest in kept} | {state.common})
+
+
+def strike_warning(member: Member, state: State) -> str:
+    """What a peer is told that has a new strike in a state."""
+    (count, last), section = state.strikes[member.peer], member.manifest.verify
+    reach = "; in client mode only peers that it is connected to reach it, so leave that out if you can"
+    return (
+        f"this peer was struck in round {last}: more than half of the round's peers could not have what it claimed, or "
+        f"were shown a false proof by it. Until round {last + section.strike_rounds} it weighs what a newcomer does, "
+        f"is audited more often, and after {section.strikes} strikes it is suspended; these are {count}"
+        + (reach if member.client_mode else "")
+    )
 
 
 def overtaken(member: Member) -> bool:
@@ -487,6 +521,23 @@ def check_admitted(member: Member) -> None:
             f"this peer was banned from the run in round {member.state.bans[member.peer]}: more than half of the "
             f"round's peers hold a proof that it cheated; see the run's evidence folder of any of them"
         )
+
+
+def is_suspended(member: Member) -> bool:
+    """Whether this peer takes no part in the round for its strikes; it waits a while for the others to finish it."""
+    until = member.view.suspended.get(member.peer)
+    if until is None:
+        return False
+    count, last = member.state.strikes[member.peer]
+    member.say("waiting")
+    started, pauses = time.monotonic(), between_looks()
+    while not overtaken(member) and time.monotonic() < started + PATIENCE_SECONDS:
+        member.report.wait(
+            f"this peer is suspended until round {until}, for {count} strikes, the last in round {last}: more than "
+            f"half of the round's peers could not have what it claimed, or were shown a false proof by it"
+        )
+        time.sleep(next(pauses))
+    return True
 
 
 def ready_to_train(member: Member) -> bool:
@@ -644,6 +695,7 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
             loss_after=losses[-1],
             hardware=member.task.hardware_class[:128],
             against=accused(member),
+            strikes=struck(member),
         ),
     )
     work = Work(claim, encoded.digest, tuple(trace.checkpoints))
@@ -656,6 +708,18 @@ def accused(member: Member) -> tuple[str, ...]:
     """The peers of our cohort that are proved to cheat and are not banned yet."""
     proved = member.proved - member.state.bans.keys()
     return tuple(sorted(peer for peer in proved if member.cohort.has(member.state.run, peer))[:MAX_AGAINST])
+
+
+def struck(member: Member) -> tuple[str, ...]:
+    """The peers of our cohort that this one names for a strike, as long as they have none for what it saw."""
+    number, counted = member.state.round, member.state.strikes
+    member.strikes = {
+        peer: since
+        for peer, since in member.strikes.items()
+        if number < since + VOTE_ROUNDS and (peer not in counted or counted[peer][1] < since)
+    }
+    named = member.strikes.keys() - member.out - {member.peer}
+    return tuple(sorted(peer for peer in named if member.cohort.has(member.state.run, peer))[:MAX_AGAINST])
 
 
 @dataclass(frozen=True, slots=True)
@@ -802,8 +866,9 @@ def average(member: Member, work: Work, expected: set[str]) -> Merged:
         round=member.state.round,
         state=member.state.digest,
         covered=dict(member.state.covered),
-        credit=dict(member.state.credit),
+        credit=dict(member.view.credit),
         bans=dict(member.state.bans),
+        suspended=dict(member.view.suspended),
         bits=member.state.bits,
         claim=work.claim.pack(),
         delta=work.delta,
@@ -1115,7 +1180,7 @@ def look_at_cohorts(member: Member, tally: Tally) -> None:
             seen = _with_ours(member, seen) if cohort == member.cohort else seen
             tally.see_attestations(cohort.index, (signed.message for signed in seen.values()))
         mixes = member.records.mixes(cohort, number)
-        counted = (peer for peer in mixes if peer not in member.state.bans and member.manifest.admits(peer))
+        counted = (peer for peer in mixes if peer not in member.out and member.manifest.admits(peer))
         tally.see_mixes(cohort.index, [mixes[peer].message for peer in counted])
 
     at_once(read, [Cohort(bits, index) for index in range(1 << bits)])
@@ -1209,6 +1274,7 @@ def settle_mix(member: Member, result: Mixed, seen: tuple[Signed[Attestation], .
         covered=after.covered,
         credit=after.credit,
         bans=after.bans,
+        strikes=after.strikes,
         bits=after.bits,
         receipts=result.receipts,
         attestations=seen,
@@ -1268,6 +1334,7 @@ def settle(member: Member, result: Averaged) -> None:
     """The round is committed: hold its state, keep what may be asked for, let the rest go, and say so."""
     finished, after, work = member.state.round, result.after, result.work
     banned = sorted(after.bans.keys() - member.state.bans.keys())
+    fresh = sorted(peer for peer, (_, last) in after.strikes.items() if last == finished)
     hold(member, after)
     member.fresh = False
     retention = member.manifest.retention.checkpoint_rounds
@@ -1286,11 +1353,13 @@ def settle(member: Member, result: Averaged) -> None:
         "round",
         f"round {finished} is done: state {after.digest.hex()[:8]}, {len(peers)} peers, "
         f"{after.work:.0f} s of audio so far, {member.traffic['bytes_sent'] / 1e6:.1f} MB sent"
-        + (f"; banned for proved cheating: {', '.join(map(short, banned))}" if banned else ""),
+        + (f"; banned for proved cheating: {', '.join(map(short, banned))}" if banned else "")
+        + (f"; strikes for withholding or a false proof: {', '.join(map(short, fresh))}" if fresh else ""),
         round=finished,
         state=after.digest,
         peers=peers,
         banned=banned,
+        struck=fresh,
         epoch=after.epoch,
         work=after.work,
         **member.traffic,

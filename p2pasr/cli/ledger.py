@@ -24,8 +24,8 @@ def ledger(
 ) -> None:
     """Rank the peers of a run by the audio of their merged work.
 
-    Credit and bans are those of the newest state that this machine holds; rounds, checks and proofs are those that its
-    peer recorded.
+    Credit, bans and strikes are those of the newest state that this machine holds; rounds, checks and proofs are those
+    that its peer recorded.
     """
     from p2pasr import runs
     from p2pasr.protocol.signing import short
@@ -37,16 +37,20 @@ def ledger(
         typer.echo(json.dumps({"round": state.round, "state": state.digest.hex(), "peers": rows}, indent=1))
         return
     table = Table(title=f"{saved.manifest.name}, before round {state.round}", title_justify="left")
-    table.caption = "banned: in which round; rounds: those that this peer took part in"
-    for column in ("", "peer", "audio", "trust", "rounds", "checked", "proofs", "banned"):
+    table.caption = "banned: in which round; rounds: those that this peer took part in; strikes: those that count"
+    for column in ("", "peer", "audio", "trust", "rounds", "checked", "proofs", "strikes", "banned"):
         table.add_column(column, justify="left" if column in ("peer", "checked", "proofs") else "right")
     for place, row in enumerate(rows, 1):
         checked = ", ".join(f"{count} {finding}" for finding, count in row["checked"].items())
         banned = "" if row["banned"] is None else str(row["banned"])
+        struck = str(row["strikes"] or "")
         numbers = (f"{row['credit']:,.0f} s", f"{row['trust']:.2f}", str(len(row["rounds"])))
-        table.add_row(str(place), short(row["peer"]), *numbers, checked, ", ".join(row["proofs"]), banned)
+        table.add_row(str(place), short(row["peer"]), *numbers, checked, ", ".join(row["proofs"]), struck, banned)
     console = Console(markup=False)
     console.print(table)
+    for row in rows:
+        if row["suspended"] is not None:
+            console.print(f"{row['peer']} is suspended until round {row['suspended']}.", soft_wrap=True)
     if rows and rows[0]["credit"] > 0 and rows[0]["banned"] is None:
         hours = rows[0]["credit"] / 3600
         console.print(f"Thank you, {rows[0]['peer']}: {hours:.2f} h of audio in this model are yours.", soft_wrap=True)
@@ -61,10 +65,12 @@ def rank(saved: SavedRun) -> list[dict[str, Any]]:
     from p2pasr.averaging.rules import trust
     from p2pasr.peers.journal import Journal
     from p2pasr.protocol.messages import Audit, unseal
+    from p2pasr.protocol.strikes import suspended
     from p2pasr.verify.evidence import unpack_proof
     from p2pasr.verify.record import read_record
 
     state = saved.state(None, None)
+    out = suspended(state.strikes, state.round, saved.manifest.verify)
     merged: dict[str, list[int]] = {}
     checked: dict[str, Counter[str]] = {}
     proofs: dict[str, list[str]] = {}
@@ -84,12 +90,14 @@ def rank(saved: SavedRun) -> list[dict[str, Any]]:
         {
             "peer": peer,
             "credit": state.credit.get(peer, 0.0),
-            "trust": trust(state.credit.get(peer, 0.0), saved.manifest),
+            "trust": trust(state.standing.get(peer, 0.0), saved.manifest),
             "rounds": merged.get(peer, []),
             "checked": dict(sorted(checked.get(peer, Counter()).items())),
             "proofs": proofs.get(peer, []),
+            "strikes": state.strikes.get(peer, (0, 0))[0],
+            "suspended": out.get(peer),
             "banned": state.bans.get(peer),
         }
-        for peer in {*state.credit, *state.bans, *merged, *checked, *proofs}
+        for peer in {*state.credit, *state.bans, *state.strikes, *merged, *checked, *proofs}
     ]
     return sorted(rows, key=lambda row: (row["banned"] is not None, -row["credit"], row["peer"]))

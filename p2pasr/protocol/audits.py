@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from p2pasr.protocol.encoding import digest
 from p2pasr.protocol.manifest import VerifySection
 from p2pasr.protocol.messages import Claim, Receipt, Signed
+from p2pasr.protocol.strikes import Strike, audit_rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,28 +26,45 @@ class Duty:
     item: int
 
 
-def segments_to_rerun(
-    section: VerifySection, after: bytes, claims: Sequence[Signed[Claim]], auditor: str
-) -> tuple[Duty, ...]:
-    """The segments of a round that one of its members trains again.
+def draw_auditors(
+    section: VerifySection,
+    after: bytes,
+    claim: Signed[Claim],
+    members: Iterable[str],
+    strikes: Mapping[str, Strike],
+) -> dict[str, Duty]:
+    """Who trains which segment of a claim again: auditor → duty.
 
     A claim is audited by the `auditors` other members with the lowest BLAKE3(after ‖ claim ‖ member), each of which
-    draws by the same digest whether it does, at the section's rate, and one segment.
+    draws by the same digest whether it does, at the section's rate for this claim's peer, and one segment.
 
     Args:
         after: digest of the state that came of the round.
-        claims: those of its members, in any order.
+        members: the peers of the round, in any order.
+        strikes: as in the state that came of the round.
     """
-    duties = []
-    for claim in claims:
-        statement = claim.digest
-        others = [each.message.peer for each in claims if each.message.peer != claim.message.peer]
-        ranks = {peer: _draw("auditor", after, statement, peer) for peer in others}
-        drawn = sorted(others, key=ranks.__getitem__)[: section.auditors]
-        if auditor in drawn and _fraction(_draw("audit", after, statement, auditor)) < section.rate:
+    peer, statement = claim.message.peer, claim.digest
+    ranks = {other: _draw("auditor", after, statement, other) for other in members if other != peer}
+    rate = audit_rate(section, strikes, peer)
+    duties = {}
+    for auditor in sorted(ranks, key=ranks.__getitem__)[: section.auditors]:
+        if _fraction(_draw("audit", after, statement, auditor)) < rate:
             segment = _number(_draw("audited-segment", after, statement, auditor)) % claim.message.segments
-            duties.append(Duty(claim.message.peer, statement, segment))
-    return tuple(duties)
+            duties[auditor] = Duty(peer, statement, segment)
+    return duties
+
+
+def segments_to_rerun(
+    section: VerifySection,
+    after: bytes,
+    claims: Sequence[Signed[Claim]],
+    auditor: str,
+    strikes: Mapping[str, Strike],
+) -> tuple[Duty, ...]:
+    """The segments of a round that one of its members trains again; see :func:`draw_auditors`."""
+    members = [claim.message.peer for claim in claims]
+    drawn = (draw_auditors(section, after, claim, members, strikes) for claim in claims)
+    return tuple(duties[auditor] for duties in drawn if auditor in duties)
 
 
 def parts_to_reduce(

@@ -172,11 +172,26 @@ class VerifySection(_Section):
     """A re-run on other hardware whose relative error is at most this is taken for the same."""
     far: Annotated[float, Field(gt=0, lt=1)] = 1e-2
     """From this error on it is proof of cheating; between the two nobody can tell, and nobody is blamed."""
+    strikes: Annotated[int, Field(ge=0, le=64)] = 2
+    """Strikes, for withholding and false accusations, from which on a peer is suspended. 0 switches strikes off."""
+    suspend_rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 8
+    """Rounds after its last strike in which a suspended peer takes no part."""
+    strike_rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 32
+    """Rounds after its last strike in which a peer's strikes count."""
 
     @model_validator(mode="after")
     def _a_gap_lies_between(self) -> VerifySection:
         if self.far < 3 * self.close:
             raise ValueError(f"far ({self.far}) must be at least three times close ({self.close}); raise the one")
+        return self
+
+    @model_validator(mode="after")
+    def _strikes_outlast_suspension(self) -> VerifySection:
+        if self.suspend_rounds > self.strike_rounds:
+            raise ValueError(
+                f"suspend_rounds ({self.suspend_rounds}) must be at most strike_rounds ({self.strike_rounds}), after "
+                f"which the strikes are forgotten; lower the one or raise the other"
+            )
         return self
 
 
@@ -198,7 +213,8 @@ class AdmissionSection(_Section):
 class RetentionSection(_Section):
     """How long a peer keeps what it could be asked for."""
 
-    checkpoint_rounds: Annotated[int, Field(ge=1, le=1000)] = 2
+    checkpoint_rounds: Annotated[int, Field(ge=3, le=1000)] = 3
+    """Rounds whose claims a peer can open. In the second round after theirs, whoever opens nothing has a strike."""
     state_rounds: Annotated[int, Field(ge=2, le=1_000_000)] = 8
 
 

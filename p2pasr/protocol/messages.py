@@ -25,7 +25,7 @@ MAX_RECEIPT_BYTES: Final = 1 << 20
 """Longest receipt: it names every part of one reducer, and travels on a stream, not in the DHT."""
 
 MAX_AGAINST: Final = 16
-"""How many peers one claim can speak against."""
+"""How many peers one claim can speak against, and how many it can name for a strike."""
 
 MAX_FINDINGS: Final = 32
 """How many checks of one round a peer reports."""
@@ -91,6 +91,8 @@ class Claim:
         loss_before, loss_after: mean loss of the first and of the last segment.
         hardware: self-declared hardware class of the training.
         against: peers that this one has seen proved to cheat, ascending; see :func:`p2pasr.protocol.state.condemn`.
+        strikes: peers that kept from it what they committed to, or accused others falsely, ascending; see
+            :func:`p2pasr.protocol.strikes.strike`.
     """
 
     kind: ClassVar[str] = "claim"
@@ -111,6 +113,7 @@ class Claim:
     loss_after: Loss
     hardware: Word
     against: Annotated[tuple[PeerId, ...], MaxLen(MAX_AGAINST)]
+    strikes: Annotated[tuple[PeerId, ...], MaxLen(MAX_AGAINST)]
 
 
 @dataclass(frozen=True, slots=True)

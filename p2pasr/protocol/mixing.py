@@ -17,6 +17,7 @@ from p2pasr.protocol.encoding import MEBIBYTE, digest, pack, unpack
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import Attestation, Mix
 from p2pasr.protocol.state import NO_PARENT, State
+from p2pasr.protocol.strikes import Strike, is_strike, remember_strikes
 
 MAX_LEDGER_BYTES: Final = MEBIBYTE
 """Longest packed ledger of a cohort."""
@@ -37,12 +38,14 @@ class Ledger:
         covered: hex digest of a shard → merged claims that named it in that epoch, since the common state.
         credit: peer → seconds of audio of its claims that were merged since then.
         bans: peer → the round, since then, in which it was banned.
+        strikes: peer → its strikes and the round of the last, of those that have had one since then.
     """
 
     epoch: int
     covered: Mapping[str, int]
     credit: Mapping[str, float]
     bans: Mapping[str, int] = field(default_factory=dict)
+    strikes: Mapping[str, Strike] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -53,7 +56,8 @@ class Ledger:
         """Its bytes; shards are named by their place in the manifest."""
         counts = [(place, self.covered.get(shard.digest, 0)) for place, shard in enumerate(manifest.shards)]
         covered = [pair for pair in counts if pair[1]]
-        return pack({"bans": dict(self.bans), "covered": covered, "credit": dict(self.credit), "epoch": self.epoch})
+        names = {"bans": dict(self.bans), "credit": dict(self.credit), "strikes": dict(self.strikes)}
+        return pack({**names, "covered": covered, "epoch": self.epoch})
 
     @classmethod
     def unpack(cls, data: bytes, manifest: RunManifest, cohort: Cohort, rounds: int) -> Ledger:
@@ -67,9 +71,10 @@ class Ledger:
         """
         content = unpack(data, MAX_LEDGER_BYTES)
         who = f"the ledger of cohort {cohort.name}"
-        if not isinstance(content, dict) or content.keys() != {"bans", "covered", "credit", "epoch"}:
-            raise Reject(f"{who} is not {{bans, covered, credit, epoch}}")
+        if not isinstance(content, dict) or content.keys() != {"bans", "covered", "credit", "epoch", "strikes"}:
+            raise Reject(f"{who} is not {{bans, covered, credit, epoch, strikes}}")
         covered, credit, epoch, bans = content["covered"], content["credit"], content["epoch"], content["bans"]
+        strikes = content["strikes"]
         if type(epoch) is not int or not 0 <= epoch <= 1 << 31 or not isinstance(covered, tuple):
             raise Reject(f"{who} is malformed")
         if not all(_is_count(pair, len(manifest.shards)) for pair in covered):
@@ -80,10 +85,12 @@ class Ledger:
             raise Reject(f"{who} credits something that is no time")
         if not isinstance(bans, dict) or not all(type(number) is int and number >= 0 for number in bans.values()):
             raise Reject(f"{who} bans peers in something that is no round")
+        if not isinstance(strikes, dict) or not all(map(is_strike, strikes.values())):
+            raise Reject(f"{who} counts something that is no strike")
         run = manifest.run_id
-        if not all(cohort.has(run, peer) for peer in (*credit, *bans)):
+        if not all(cohort.has(run, peer) for peer in (*credit, *bans, *strikes)):
             raise Reject(f"{who} is about peers of another cohort")
-        ledger = cls(epoch, {manifest.shards[place].digest: count for place, count in covered}, credit, bans)
+        ledger = cls(epoch, {manifest.shards[place].digest: count for place, count in covered}, credit, bans, strikes)
         if ledger.seconds > 1.001 * rounds * manifest.most_seconds_per_group:
             raise Reject(f"{who} has {ledger.seconds:.0f} s of audio, which {rounds} rounds of a group cannot hold")
         return ledger
@@ -99,6 +106,7 @@ def ledger_since(state: State, common: State) -> Ledger:
         {shard: count for shard, count in covered.items() if count > 0},
         {peer: seconds for peer, seconds in credit.items() if seconds > 0},
         {peer: number for peer, number in state.bans.items() if peer not in common.bans},
+        {peer: each for peer, each in state.strikes.items() if common.strikes.get(peer) != each},
     )
 
 
@@ -162,6 +170,7 @@ def mixed(
         covered=covered,
         credit=_credited(common.credit, ledgers),
         bans=_banned(common.bans, ledgers),
+        strikes=_struck(common.strikes, ledgers, number + 1, manifest),
         bits=bits_for(peers, section.max_group, manifest.rounds.min_peers, common.bits),
     )
 
@@ -194,6 +203,7 @@ def caught_up(state: State, common: State, after: State, manifest: RunManifest) 
         covered=covered,
         credit=_credited(after.credit, [ledger]),
         bans=_banned(after.bans, [ledger]),
+        strikes=_struck(after.strikes, [ledger], after.round + 1, manifest),
         common=after.digest,
     )
 
@@ -210,6 +220,14 @@ def _banned(bans: Mapping[str, int], ledgers: Iterable[Ledger]) -> dict[str, int
     """A peer that its own cohort has banned is banned everywhere."""
     fresh = {peer: number for ledger in ledgers for peer, number in ledger.bans.items()}
     return dict(sorted({**fresh, **bans}.items()))
+
+
+def _struck(
+    strikes: Mapping[str, Strike], ledgers: Iterable[Ledger], number: int, manifest: RunManifest
+) -> dict[str, Strike]:
+    """Strikes that count in round `number`; what a peer's own cohort says of it is the latest."""
+    fresh = {peer: each for ledger in ledgers for peer, each in ledger.strikes.items()}
+    return remember_strikes({**strikes, **fresh}, number, manifest.verify)
 
 
 # --- agreement ------------------------------------------------------------------------------------

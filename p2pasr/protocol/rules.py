@@ -20,9 +20,10 @@ class RoundView:
     Attributes:
         round, state: the round, and the digest of the state it starts from.
         covered: hex digest of a shard → merged claims that named it in this epoch.
-        credit: peer → seconds of audio of its merged claims.
+        credit: peer → the credit by which it is trusted, see :attr:`p2pasr.protocol.state.State.standing`.
         bans: peer → the round in which it was banned.
         cohort: the one whose round it is.
+        suspended: peer → the last round in which it takes no part, of those that take none in this one.
     """
 
     manifest: RunManifest
@@ -33,6 +34,7 @@ class RoundView:
     credit: Mapping[str, float]
     bans: Mapping[str, int]
     cohort: Cohort = EVERYBODY
+    suspended: Mapping[str, int] = field(default_factory=dict)
     _assigned: dict[str, tuple[bytes, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def assigned(self, peer: str) -> tuple[bytes, ...]:
@@ -70,9 +72,11 @@ def check_claim(claim: Claim, view: RoundView) -> None:
         raise Reject(f"{who} states {claim.steps} steps in {claim.segments} segments")
     if claim.samples != claim.steps * rounds.samples_per_step:
         raise Reject(f"{who} states {claim.samples} samples in {claim.steps} steps")
-    # C6 Who was banned takes no part any more.
+    # C6 Who was banned takes no part any more, and who is suspended none for a while.
     if claim.peer in view.bans:
         raise Ignore(f"{short(claim.peer)} was banned in round {view.bans[claim.peer]}")
+    if claim.peer in view.suspended:
+        raise Ignore(f"{short(claim.peer)} is suspended until round {view.suspended[claim.peer]}")
     # C7 It speaks against others of its cohort, each once, in order, and not against those who are out already.
     if list(claim.against) != sorted(set(claim.against) - {claim.peer} - view.bans.keys()):
         raise Reject(f"{who} speaks against peers out of order, twice, or in vain")
@@ -84,6 +88,12 @@ def check_claim(claim: Claim, view: RoundView) -> None:
     # C9 Its author belongs to the cohort. Right after a mix all cohorts start from one state.
     if not view.cohort.has(view.run, claim.peer):
         raise Reject(f"{who} is by a peer of another cohort")
+    # C10 It names others of its cohort for a strike, each once, in order, and nobody who is out already.
+    out = view.bans.keys() | view.suspended.keys() | {claim.peer}
+    if list(claim.strikes) != sorted(set(claim.strikes) - out):
+        raise Reject(f"{who} names peers for a strike out of order, twice, or in vain")
+    if not all(view.cohort.has(view.run, peer) for peer in claim.strikes):
+        raise Reject(f"{who} names peers of another cohort for a strike")
 
 
 def check_part(index: int, largest: float, claim: Claim, limits: Sequence[float] | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import isfinite
 from typing import Any, Final
@@ -17,6 +17,7 @@ from p2pasr.protocol.cohorts import MAX_BITS, bits_for, is_boundary
 from p2pasr.protocol.encoding import DIGEST_BYTES, blob_digest
 from p2pasr.protocol.manifest import RuleSection, RunManifest
 from p2pasr.protocol.messages import Claim
+from p2pasr.protocol.strikes import Strike, is_strike, strike
 from p2pasr.protocol.tensors import Tensors, forms, tensor_pieces, unpack_tensors
 
 FORMAT: Final = "p2pasr-state/1"
@@ -24,6 +25,9 @@ NO_PARENT: Final = bytes(DIGEST_BYTES)
 
 _PARAM, _MOMENT = "param/", "moment/"
 _REFERENCE = "reference/"
+_FIELDS: Final = frozenset(
+    ("format", "run", "round", "parent", "epoch", "covered", "credit", "bans", "strikes", "bits", "common")
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class State:
         covered: hex digest of a shard → merged claims that named it in this epoch.
         credit: peer → seconds of audio of its merged claims.
         bans: peer → the round in which it was banned.
+        strikes: peer → how many of its strikes count, and the round of the last.
         bits: those who hold it are split into 2^bits cohorts.
         common: digest of the state that all cohorts grew from; zeros if that is this one, and before a split.
     """
@@ -55,6 +60,7 @@ class State:
     bans: dict[str, int]
     bits: int = 0
     common: bytes = NO_PARENT
+    strikes: dict[str, Strike] = field(default_factory=dict)
 
     @property
     def pieces(self) -> tuple[bytes | memoryview, ...]:
@@ -70,6 +76,7 @@ class State:
             "covered": self.covered,
             "credit": self.credit,
             "bans": self.bans,
+            "strikes": self.strikes,
             "bits": self.bits,
             "common": self.common.hex(),
         }
@@ -100,6 +107,11 @@ class State:
     def work(self) -> float:
         """Seconds of audio merged since the start of the run."""
         return sum(self.credit[peer] for peer in sorted(self.credit))
+
+    @property
+    def standing(self) -> dict[str, float]:
+        """Peer → the credit by which it is trusted: all of it, and none while a strike counts."""
+        return {peer: seconds for peer, seconds in self.credit.items() if peer not in self.strikes}
 
 
 def genesis(manifest: RunManifest, params: Tensors) -> State:
@@ -165,6 +177,7 @@ def parse_state(blob: bytes, manifest: RunManifest, like: Tensors | None) -> Sta
             bans=meta["bans"],
             bits=meta["bits"],
             common=bytes.fromhex(meta["common"]),
+            strikes={peer: (count, last) for peer, (count, last) in meta["strikes"].items()},
         )
         sound = meta["format"] == FORMAT and state.digest == blob_digest(blob)
     except ValueError as error:
@@ -185,7 +198,7 @@ def _check_ledger(meta: Mapping[str, Any], manifest: RunManifest) -> None:
     numbers = (meta.get("round"), meta.get("epoch"), meta.get("bits"))
     digests = (meta.get("run"), meta.get("parent"), meta.get("common"))
     sound = (
-        meta.keys() == {"format", "run", "round", "parent", "epoch", "covered", "credit", "bans", "bits", "common"}
+        meta.keys() == _FIELDS
         and all(type(number) is int and 0 <= number <= 1 << 31 for number in numbers)
         and all(isinstance(name, str) and len(name) == 2 * DIGEST_BYTES for name in digests)
         and meta["bits"] <= MAX_BITS
@@ -199,6 +212,8 @@ def _check_ledger(meta: Mapping[str, Any], manifest: RunManifest) -> None:
         )
         and isinstance(bans, dict)
         and all(isinstance(peer, str) and type(number) is int and number >= 0 for peer, number in bans.items())
+        and isinstance(meta["strikes"], dict)
+        and all(isinstance(peer, str) and is_strike(each) for peer, each in meta["strikes"].items())
     )
     if not sound:
         raise Reject("a state's description is malformed")
@@ -223,6 +238,7 @@ def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params
         covered=covered,
         credit=earn(state.credit, merged, manifest),
         bans=condemn(state.bans, merged, state.round),
+        strikes=strike(state.strikes, merged, state.round, manifest.verify),
         bits=bits_after(state.round, state.bits, len(merged), manifest),
         common=(state.digest if state.is_common else state.common) if state.bits else NO_PARENT,
     )
@@ -310,5 +326,6 @@ def describe(state: State) -> dict[str, Any]:
         "seconds_merged": round(state.work, 1),
         "peers_credited": len(state.credit),
         "peers_banned": len(state.bans),
+        "peers_struck": len(state.strikes),
         "cohorts": 1 << state.bits,
     }

@@ -28,13 +28,15 @@ import numpy as np
 from p2pasr.averaging import rules
 from p2pasr.averaging.codec import Flat, Layout
 from p2pasr.averaging.merkle import Tree
-from p2pasr.errors import LocalError, Reject
+from p2pasr.errors import LocalError, Reject, RemoteError
+from p2pasr.protocol.cohorts import cohort_of
 from p2pasr.protocol.encoding import DIGEST_BYTES, MEBIBYTE, blob_digest, pack, unpack
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Claim, Receipt, Signed, unseal
 from p2pasr.protocol.rules import RoundView, check_claim
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, parse_state
+from p2pasr.protocol.strikes import suspended
 from p2pasr.protocol.tensors import Tensors, forms, unpack_tensors
 from p2pasr.verify.compare import Comparison, compare
 from p2pasr.verify.conflict import Conflict
@@ -61,6 +63,10 @@ class Judge:
     rerun: Rerun | None = None
 
 
+class Undecided(Reject):
+    """A proof that convinces nobody here, although its author may have been honest."""
+
+
 class Proof(Protocol):
     """One kind of proof."""
 
@@ -77,7 +83,8 @@ class Proof(Protocol):
         """See that it proves what it says; returns that as one sentence.
 
         Raises:
-            RemoteError: it proves nothing.
+            Undecided: training it again decides nothing here.
+            RemoteError: it proves nothing, and no honest peer makes such a one.
             LocalError: it cannot be checked here.
         """
 
@@ -264,7 +271,7 @@ def reduce_again(
         cut = list(layout.cuts())[index]
         reference = codec.decode(codec.encode(Flat(before.reference)[cut]), size)
     order = rules.drawn_order(before.digest, [claim.peer for claim in claims])
-    weights = rules.weights(claims, manifest, before.credit)
+    weights = rules.weights(claims, manifest, before.standing)
     return codec.encode(rules.aggregate(decoded, weights, manifest.averaging.rule, rules.Center(reference, order)))
 
 
@@ -313,10 +320,14 @@ class SegmentProof:
         if judge.rerun is None:
             raise LocalError("this proof is checked by training the segment again; name the shards with --shards")
         start = None if self.start is None else self.start.data
-        rerun = judge.rerun(claim, self.segment, before, start)
+        try:
+            rerun = judge.rerun(claim, self.segment, before, start)
+        except RemoteError as error:
+            raise Undecided(str(error)) from error
         found = compare_ends(before, start, self.end.data, rerun, judge.manifest)
         if found.finding != "different":
-            raise Reject(f"the segment, trained again, is {found.finding} (relative error {found.error:.2e})")
+            kind = Undecided if found.finding == "unclear" else Reject
+            raise kind(f"the segment, trained again, is {found.finding} (relative error {found.error:.2e})")
         return (
             f"segment {self.segment + 1} of {short(claim.peer)} in round {claim.round}, trained again, "
             f"ends elsewhere (relative error {found.error:.2e})"
@@ -445,11 +456,13 @@ def _state_of_round(blob: bytes, claims: Sequence[Claim], judge: Judge) -> State
     Raises:
         RemoteError: these are not its bytes, or a claim is none that a peer of that round would take.
     """
-    claim = claims[0]
-    if blob_digest(blob) != claim.state or claim.run != judge.manifest.run_id:
+    claim, manifest = claims[0], judge.manifest
+    if blob_digest(blob) != claim.state or claim.run != manifest.run_id:
         raise Reject("a proof holds another state than the claim starts from")
-    state = parse_state(blob, judge.manifest, judge.like)
-    view = RoundView(judge.manifest, state.run, state.round, state.digest, state.covered, state.credit, state.bans)
+    state = parse_state(blob, manifest, judge.like)
+    cohort, out = cohort_of(state.run, claim.peer, state.bits), suspended(state.strikes, state.round, manifest.verify)
+    ledger = state.covered, state.standing, state.bans
+    view = RoundView(manifest, state.run, state.round, state.digest, *ledger, cohort, out)
     for each in claims:
         check_claim(each, view)
     return state

@@ -10,6 +10,7 @@ from p2pasr.protocol.cohorts import EVERYBODY, cohort_of
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.rules import RoundView
 from p2pasr.protocol.state import State, bits_after, condemn, cover, earn
+from p2pasr.protocol.strikes import strike, suspended
 from p2pasr.verify.record import MixRecord, RoundRecord, check_mix_record, check_record
 
 
@@ -38,7 +39,7 @@ def follow(
         average: an encoded average by its digest, None where it is not kept.
     """
     number, state, covered, credit = start.round, start.digest, start.covered, start.credit
-    bans, bits = start.bans, start.bits
+    bans, strikes, bits = start.bans, start.strikes, start.bits
     for record in records:
         try:
             if isinstance(record, MixRecord):
@@ -46,7 +47,8 @@ def follow(
             else:
                 peers = [member.message.peer for member in record.members]
                 cohort = cohort_of(manifest.run_id, peers[0], bits) if peers else EVERYBODY
-                view = RoundView(manifest, manifest.run_id, number, state, covered, credit, bans, cohort)
+                out = suspended(strikes, number, manifest.verify)
+                view = RoundView(manifest, manifest.run_id, number, state, covered, credit, bans, cohort, out)
                 check_record(record, view, average(record.average))
         except RemoteError as error:
             yield Checked(record, str(error))
@@ -54,10 +56,12 @@ def follow(
         yield Checked(record, None)
         if isinstance(record, MixRecord):
             covered, credit, bans, bits = record.covered, record.credit, record.bans, record.bits
+            strikes = record.strikes
         else:
             merged = record.merged()
             covered, _ = cover(covered, merged, manifest)
             credit = earn(credit, merged, manifest)
             bans = condemn(bans, merged, number)
+            strikes = strike(strikes, merged, number, manifest.verify)
             bits = bits_after(number, bits, len(merged), manifest)
         number, state = record.next_round, record.after

@@ -27,6 +27,7 @@ from p2pasr.protocol.messages import (
 )
 from p2pasr.protocol.rules import RoundView, check_attestation, check_claim, check_receipts
 from p2pasr.protocol.signing import short
+from p2pasr.protocol.strikes import Strike
 
 P = TypeVar("P", bound=BaseModel)
 
@@ -112,7 +113,7 @@ class MixRecord:
     Attributes:
         before, after: digests of the cohort's states before and after the mix.
         next_round: the round that begins with the state after it.
-        covered, credit, bans, bits: as in that state.
+        covered, credit, bans, strikes, bits: as in that state.
         receipts: what mates stated of the shares that they reduced for this peer.
         attestations: those for `after` that were seen when the mix was committed.
     """
@@ -125,6 +126,7 @@ class MixRecord:
     covered: dict[str, int]
     credit: dict[str, float]
     bans: dict[str, int]
+    strikes: dict[str, Strike]
     bits: int
     receipts: tuple[Signed[Receipt], ...]
     attestations: tuple[Signed[Attestation], ...]
@@ -170,6 +172,7 @@ class _PackedMix(BaseModel):
     covered: dict[str, int]
     credit: dict[str, float]
     bans: dict[str, int]
+    strikes: dict[str, Strike]
     bits: Annotated[int, Ge(0), Le(MAX_BITS)]
     receipts: tuple[bytes, ...]
     attestations: tuple[bytes, ...]

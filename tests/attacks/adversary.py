@@ -214,17 +214,39 @@ def withheld(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "offer", lambda _member: None)
 
 
+def withheld_at_first(patch: pytest.MonkeyPatch) -> None:
+    """Opens nothing to its auditors, and all of it when it is open to everybody, as one does that was away."""
+    patch.setattr(auditing, "_drawn", lambda *_: {})
+
+
+def withheld_and_idle_at_first(patch: pytest.MonkeyPatch) -> None:
+    """The same, of claims for which it trained nothing."""
+    trains(nothing)(patch)
+    withheld_at_first(patch)
+
+
+def accuser_without_blobs(patch: pytest.MonkeyPatch) -> None:
+    """Accuses every other peer with a proof that it gives to nobody."""
+    _accuses(patch, lambda member, other: Charge(other, blob_digest(member.peer.encode(), other.encode()), 1000))
+
+
 def false_accuser(patch: pytest.MonkeyPatch) -> None:
     """Accuses every other peer with bytes that prove nothing, and speaks against them in its claim."""
+
+    def charge(member: Any, other: str) -> Charge:
+        member.proved.add(other)
+        data = other.encode()
+        return Charge(other, member.store.put("proof", data), len(data))
+
+    _accuses(patch, charge)
+
+
+def _accuses(patch: pytest.MonkeyPatch, charge: Callable[[Any, str], Charge]) -> None:
     honest = story.check_last_round
 
     def check_last_round(member: Any) -> int:
         done = honest(member)
-        charges = []
-        for other in sorted(member.state.credit.keys() - {member.peer}):
-            data = other.encode()
-            charges.append(Charge(other, member.store.put("proof", data), len(data)))
-            member.proved.add(other)
+        charges = [charge(member, other) for other in sorted(member.state.credit.keys() - {member.peer})]
         accusation = Accusation(member.state.run, member.peer, tuple(charges))
         member.records.announce_accusation(seal(member.identity, accusation), member.cohort)
         return done

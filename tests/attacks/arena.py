@@ -169,20 +169,31 @@ class Arena:
 
     @property
     def active(self) -> list[Player]:
-        """Those who are not banned, in the order of their positions."""
-        return [player for player in self.players if player.peer not in player.member.state.bans]
+        """Those who are neither banned nor suspended, in the order of their positions."""
+        return [player for player in self.players if player.peer not in player.member.out]
 
     @property
     def banned(self) -> set[int]:
-        """Positions of those who are."""
-        return {number for number, player in enumerate(self.players) if player not in self.active}
+        """Positions of those who are banned."""
+        return {number for number, player in enumerate(self.players) if player.peer in player.member.state.bans}
+
+    @property
+    def suspended(self) -> set[int]:
+        """Positions of those who are suspended now."""
+        return {number for number, player in enumerate(self.players) if player.peer in player.member.view.suspended}
+
+    @property
+    def strikes(self) -> dict[int, int]:
+        """Position → strikes that count."""
+        counted = self.state.strikes
+        return {n: counted[player.peer][0] for n, player in enumerate(self.players) if player.peer in counted}
 
     def publish(self, kind: str, scope: str, owner: str, record: bytes) -> None:
         """Put a record into the directory, as a stranger may."""
         self._network.records.setdefault((kind, scope), {})[owner] = record
 
     def play(self, rounds: int) -> None:
-        """So many rounds, each with everybody who is not banned."""
+        """So many rounds, each with everybody who is neither banned nor suspended."""
         for _ in range(rounds):
             self._play_round()
 
@@ -199,7 +210,7 @@ class Arena:
         segments = self.manifest.rounds.segments
         for player in players:
             with player.turn():
-                player.checked = story.check_last_round(player.member)
+                player.checked = story.check_last_round(player.member) + story.ask_again(player.member)
         for player in players:
             with player.turn():
                 shards = story.assign_shards(player.member)
@@ -218,11 +229,17 @@ class Arena:
             with player.turn():
                 story.audit(player.member, result, tuple(story.attestations(player.member).values()))
                 story.settle(player.member, result)
+        for number in self.suspended:
+            waiting = self.players[number]
+            if waiting not in players:
+                with waiting.turn():
+                    story.hold(waiting.member, results[0].after)
+                    story.offer(waiting.member)
 
     def _reduce(self, players: Sequence[Player]) -> Merged:
         claims = tuple(player.work.claim for player in players)
         layout = Layout.of(self.manifest.parameters, self.manifest.averaging)
-        weights = rules.weights([claim.message for claim in claims], self.manifest, players[0].member.state.credit)
+        weights = rules.weights([claim.message for claim in claims], self.manifest, players[0].member.state.standing)
         split = shares.split(layout.parts, [1.0] * len(players))
         group = blob_digest(b"".join(claim.digest for claim in claims))
         everybody = frozenset(range(len(players)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 
 from p2pasr import round as story
+from p2pasr import withholding
 from p2pasr.auditing import convict
-from p2pasr.errors import Ignore, LocalError, P2pasrError, Reject
-from p2pasr.protocol.messages import Accusation, Charge, seal
+from p2pasr.errors import Ignore, LocalError, P2pasrError, Reject, TransportError
+from p2pasr.protocol.messages import Accusation, Audit, Charge, Finding, seal
 from p2pasr.protocol.rules import check_claim
-from p2pasr.verify import openings
+from p2pasr.verify import evidence, openings
+from p2pasr.verify.compare import Comparison
 from p2pasr.verify.conflict import Conflict
 from p2pasr.verify.evidence import ConflictProof, pack_proof
 from tests.attacks import adversary
@@ -170,6 +173,31 @@ def test_accusations_without_proof_ban_nobody(arena: MakeArena) -> None:
     assert any("without proof" in sentence for sentence in said)
 
 
+@pytest.mark.parametrize("attack", [adversary.false_accuser, adversary.slanderer])
+def test_whoever_accuses_falsely_is_struck_once_and_its_accused_are_not(arena: MakeArena, attack: Attack) -> None:
+    swarm = arena({CHEAT: attack})
+    swarm.play(6)
+    assert swarm.strikes == {CHEAT: 1}
+    assert (swarm.banned, swarm.suspended) == (set(), set())
+    assert any("struck in round" in e["message"] for e in swarm.players[CHEAT].member.report.seen("warning"))
+
+
+def test_a_proof_that_is_not_to_be_had_strikes_nobody(arena: MakeArena) -> None:
+    swarm = arena({CHEAT: adversary.accuser_without_blobs})
+    swarm.play(4)
+    assert (swarm.strikes, swarm.banned) == ({}, set())
+
+
+@pytest.mark.parametrize("finding", ["same", "close", "unclear"])
+def test_a_proof_that_nobody_can_decide_strikes_nobody(
+    arena: MakeArena, monkeypatch: pytest.MonkeyPatch, finding: str
+) -> None:
+    swarm = arena({CHEAT: adversary.slanderer})
+    monkeypatch.setattr(evidence, "compare_ends", lambda *_: Comparison(finding, 0.0))
+    swarm.play(6)
+    assert swarm.strikes == ({} if finding == "unclear" else {CHEAT: 1})
+
+
 def test_a_complete_proof_of_an_honest_segment_is_trained_again_and_refused(arena: MakeArena) -> None:
     swarm = arena({CHEAT: adversary.slanderer})
     swarm.play(6)
@@ -267,16 +295,125 @@ def test_a_ban_is_for_good(arena: MakeArena) -> None:
     assert swarm.state.bans == bans == {swarm.players[CHEAT].peer: 1}
 
 
-# --- what is not answered yet -------------------------------------------------------------------------------
+# --- withholding ------------------------------------------------------------------------------------------
 
 
-def test_a_peer_that_opens_nothing_is_reported_and_stays(arena: MakeArena, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openings, "OFFER_SECONDS", 0.05)
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Who opens nothing is waited for no longer than a moment."""
+    monkeypatch.setattr(openings, "OFFER_SECONDS", 0.02)
+    monkeypatch.setattr(withholding, "RETRY_SECONDS", 0.0)
+    return monkeypatch
+
+
+def findings(arena: Arena, position: int) -> list[str]:
+    """What others found of a member's segments, one after the other."""
+    events = [event for player in arena.players for event in player.member.report.seen("audit")]
+    return [e["finding"] for e in events if (e["peer"], e["what"]) == (arena.players[position].peer, "segment")]
+
+
+def test_a_peer_that_opens_nothing_is_struck_and_after_two_strikes_suspended(
+    arena: MakeArena, hurried: pytest.MonkeyPatch
+) -> None:
     swarm = arena({CHEAT: adversary.withheld})
-    swarm.play(4)
-    found = [e for p in swarm.players[1:] for e in p.member.report.seen("audit") if e["peer"] == swarm.players[0].peer]
-    assert {event["finding"] for event in found if event["what"] == "segment"} == {"unavailable"}
+    swarm.play(3)
+    assert swarm.strikes == {CHEAT: 1}
+    assert swarm.suspended == set()
+    assert swarm.state.credit[swarm.players[CHEAT].peer] > 0
+    assert swarm.players[CHEAT].peer not in swarm.state.standing
+    swarm.play(1)
+    assert swarm.strikes == {CHEAT: 2}
+    assert swarm.suspended == {CHEAT}
+    assert set(findings(swarm, CHEAT)) == {"unavailable"}
     assert swarm.banned == set()
+    assert swarm.proofs() == []
+
+
+def test_a_suspended_peer_is_told_so_and_takes_no_part_until_its_suspension_ends(
+    arena: MakeArena, hurried: pytest.MonkeyPatch
+) -> None:
+    swarm = arena({CHEAT: adversary.withheld}, verify={"suspend_rounds": 3})
+    swarm.play(4)
+    out, other = swarm.players[CHEAT], swarm.players[1].member
+    hurried.setattr(story, "PATIENCE_SECONDS", 0.0)
+    hurried.setattr(story, "overtaken", lambda _member: False)
+    assert story.is_suspended(out.member)
+    story.publish_attestation(out.member, out.member.state)
+    assert out.peer not in story.attestations(other)
+    with pytest.raises(Ignore, match="is suspended until round 6"):
+        check_claim(replace(out.work.claim.message, round=4, state=other.state.digest,
+            shards=other.view.assigned(out.peer), strikes=()), other.view)  # fmt: skip
+    out.attack = None
+    swarm.play(3)
+    assert swarm.suspended == set()
+    assert not story.is_suspended(out.member)
+    assert out.peer not in {claim.message.peer for claim in last_record(swarm, 1).members}
+    swarm.play(3)
+    assert out.peer in {claim.message.peer for claim in last_record(swarm, 1).members}
+    assert swarm.strikes == {CHEAT: 2}
+
+
+def test_with_strikes_switched_off_a_peer_that_opens_nothing_stays(
+    arena: MakeArena, hurried: pytest.MonkeyPatch
+) -> None:
+    swarm = arena({CHEAT: adversary.withheld}, verify={"strikes": 0})
+    swarm.play(5)
+    assert (swarm.strikes, swarm.suspended, swarm.banned) == ({}, set(), set())
+
+
+def test_an_honest_peer_that_was_away_when_it_was_audited_is_audited_late_and_not_struck(
+    arena: MakeArena, hurried: pytest.MonkeyPatch
+) -> None:
+    swarm = arena({CHEAT: adversary.withheld_at_first})
+    swarm.play(6)
+    assert set(findings(swarm, CHEAT)) == {"unavailable", "same"}
+    assert (swarm.strikes, swarm.banned) == ({}, set())
+
+
+def test_a_cheat_that_opens_only_when_all_is_open_is_banned_all_the_same(
+    arena: MakeArena, hurried: pytest.MonkeyPatch
+) -> None:
+    swarm = arena({CHEAT: adversary.withheld_and_idle_at_first})
+    swarm.play(3)
+    assert swarm.banned == {CHEAT}
+    check_proofs(swarm, {CHEAT})
+
+
+def test_a_cheat_that_opens_to_all_but_its_auditors_is_audited_by_one_that_it_cannot_know(
+    arena: MakeArena, hurried: pytest.MonkeyPatch
+) -> None:
+    refused: set[tuple[bytes, str]] = set()
+    honest = openings.Openings._check_right
+
+    def check(self: Any, peer: str, offer: Any, *rest: Any) -> None:
+        if self._host.peer == cheat and (offer.drawn is not None or (offer.claim.digest, peer) in refused):
+            refused.add((offer.claim.digest, peer))
+            raise TransportError("not to you")
+        honest(self, peer, offer, *rest)
+
+    hurried.setattr(openings.Openings, "_check_right", check)
+    hurried.setattr(withholding, "CHANCE", random.Random(0))
+    swarm = arena({CHEAT: trains(adversary.nothing)}, peers=5)
+    cheat = swarm.players[CHEAT].peer
+    swarm.rounds_to_ban(CHEAT, most=12)
+    check_proofs(swarm, {CHEAT})
+
+
+def test_who_is_called_unavailable_by_a_peer_that_was_not_drawn_is_asked_nothing(arena: MakeArena) -> None:
+    swarm = arena(verify={"rate": 0.0, "parts": 0})
+    swarm.play(1)
+    record, liar = last_record(swarm, 1), swarm.players[1].member
+    found = tuple(
+        Finding(claim.message.peer, claim.digest, 0, "unavailable", 0.0, bytes(32), bytes(32))
+        for claim in record.members
+    )
+    audit = seal(liar.identity, Audit(record.run, liar.peer, record.round, record.after, found))
+    liar.records.announce_audit(audit, liar.cohort)
+    swarm.play(1)
+    assert list(withholding.find_doubts(swarm.players[2].member, record)) == []
+
+
+# --- what is not answered yet -------------------------------------------------------------------------------
 
 
 def test_a_drift_below_the_limit_stays_and_does_little(arena: MakeArena) -> None:

@@ -28,6 +28,7 @@ from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import Attestation, Claim, Mix, PartReceipt, Receipt, Roster, Signed, seal
 from p2pasr.protocol.rules import RoundView
 from p2pasr.protocol.state import State, genesis, params_digest
+from p2pasr.protocol.strikes import suspended
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, SegmentReport
 from p2pasr.verify.record import RoundRecord
@@ -98,7 +99,8 @@ def make_state(manifest: RunManifest) -> State:
 
 def view_of(manifest: RunManifest, state: State) -> RoundView:
     """What a peer that holds this state judges the round by."""
-    return RoundView(manifest, state.run, state.round, state.digest, state.covered, state.credit, state.bans)
+    ledger, out = (state.covered, state.standing, state.bans), suspended(state.strikes, state.round, manifest.verify)
+    return RoundView(manifest, state.run, state.round, state.digest, *ledger, suspended=out)
 
 
 def make_claim(who: Identity, manifest: RunManifest, held: State, /, **changes: Any) -> Claim:
@@ -121,6 +123,7 @@ def make_claim(who: Identity, manifest: RunManifest, held: State, /, **changes: 
         "loss_after": 3.5,
         "hardware": "cpu x86-64",
         "against": (),
+        "strikes": (),
     }
     return Claim(**{**fields, **changes})
 

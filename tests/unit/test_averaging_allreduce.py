@@ -985,6 +985,7 @@ def call_of(host: Host, claim: Signed[Claim], delta: bytes) -> dict[str, Any]:
         "covered": {},
         "credit": {},
         "bans": {},
+        "suspended": {},
         "bits": 0,
         "claim": claim.pack(),
         "delta": host.store.put("delta", delta),

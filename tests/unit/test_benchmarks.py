@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.attacks import Scene, audit_seconds, play, rounds_until, within_interval
+from benchmarks.attacks import (
+    Scene,
+    audit_seconds,
+    play,
+    rounds_until,
+    rounds_until_suspended,
+    withhold,
+    within_interval,
+)
 from benchmarks.chaos import Commit, divergent, rounds_to_be_back
 from benchmarks.links import lengths_of_steps
 
@@ -80,6 +88,21 @@ def test_all_simulated_cheats_are_banned_and_nobody_else(seed: int) -> None:
     assert tally.honest_banned == 0
     assert 2 <= tally.rounds <= 20
     assert tally.found <= tally.claims
+
+
+@pytest.mark.parametrize("rate", [0.25, 1.0])
+def test_a_simulated_peer_that_opens_nothing_is_suspended_about_when_it_should_be(rate: float) -> None:
+    tallies = [withhold(rate, seed) for seed in range(20)]
+    soon = sum(tally.rounds <= rounds_until_suspended(0.5, rate) for tally in tallies)
+    assert soon >= 5
+    assert all(4 <= tally.rounds <= rounds_until_suspended(0.9999, rate) for tally in tallies)
+    assert sum(tally.honest_banned for tally in tallies) == 0
+
+
+@given(share=st.floats(0.01, 0.99), rate=st.floats(0.05, 1.0))
+def test_whoever_is_audited_more_often_is_suspended_no_later(share: float, rate: float) -> None:
+    assert 4 <= rounds_until_suspended(share, rate) <= rounds_until_suspended(share, rate / 1.1)
+    assert rounds_until_suspended(share / 2, rate) <= rounds_until_suspended(share, rate)
 
 
 def test_an_audit_lasts_from_its_step_to_what_it_found() -> None:

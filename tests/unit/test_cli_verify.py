@@ -273,7 +273,8 @@ def home(tmp_path: Path) -> tuple[RunManifest, Path]:
         merged = [claim.message for claim in finished.record.members]
         after = advance(before, manifest, merged, before.params, {})
         if number == 1:
-            after = replace(after, bans={EVE.peer: 1}, credit={**after.credit, EVE.peer: 9e6, BOB.peer: 5e3})
+            credit = {**after.credit, EVE.peer: 9e6, BOB.peer: 5e3}
+            after = replace(after, bans={EVE.peer: 1}, credit=credit, strikes={ANNE.peer: (2, 1)})
         journal.record(number, finish_round(manifest, before, after.digest).record.pack())
         states.append(after)
     for state in states:
@@ -299,7 +300,9 @@ def test_the_ledger_ranks_peers_by_credit_and_banned_ones_last(verify: Command, 
     assert [row["peer"] for row in found["peers"]] == [BOB.peer, ANNE.peer, EVE.peer]
     bob, anne, eve = found["peers"]
     assert (bob["credit"], bob["trust"]) == (5e3, 1.0)
-    assert 0.25 < anne["trust"] < 1.0
+    assert anne["credit"] > 0
+    assert (anne["trust"], anne["strikes"], anne["suspended"]) == (0.25, 2, 9)
+    assert (bob["strikes"], bob["suspended"]) == (0, None)
     assert anne["rounds"] == [0, 1]
     assert anne["checked"] == {"same": 2}
     assert (eve["banned"], eve["proofs"], eve["checked"]) == (1, ["conflict"], {"different": 1})
@@ -311,6 +314,7 @@ def test_the_ledger_thanks_the_first(verify: Command, home: tuple[RunManifest, P
     assert result.code == 0
     assert result.out.splitlines()[-1].startswith("Thank you, ")
     assert BOB.peer in result.out.splitlines()[-1]
+    assert f"{ANNE.peer} is suspended until round 9." in result.out
     assert result.out.index(BOB.peer[-6:]) < result.out.index(ANNE.peer[-6:]) < result.out.index(EVE.peer[-6:])
 
 

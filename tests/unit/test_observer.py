@@ -270,7 +270,7 @@ def test_the_line_is_that_of_the_majority() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "number", "expected"), [(2, 5, [3]), (3, 5, [2, 3]), (2, 1, []), (2, 2, [0]), (8, 4, [0, 1, 2])]
+    ("kept", "number", "expected"), [(3, 5, [2, 3]), (4, 5, [1, 2, 3]), (3, 1, []), (3, 2, [0]), (8, 4, [0, 1, 2])]
 )
 def test_a_round_is_open_when_the_next_one_is_over_and_while_its_traces_are_kept(
     store: BlobStore, journal: Journal, kept: int, number: int, expected: list[int]
@@ -294,7 +294,7 @@ def test_rounds_beyond_the_attested_line_are_not_open(tmp_path: Path, store: Blo
 def test_rounds_are_watched_as_they_open_and_what_closed_meanwhile_is_passed_over(
     store: BlobStore, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heads = iter([1, 2, 2, 3, 6, 7, 8])
+    heads = iter([1, 2, 2, 3, 7, 8, 9])
 
     def look(_member: Any) -> dict[str, Any]:
         """The directory of a run that goes on whenever somebody looks."""

@@ -39,16 +39,16 @@ def after(number: int) -> bytes:
 
 def duties(section: VerifySection, state: bytes, claims: tuple[Signed[Claim], ...] = CLAIMS) -> list[tuple[str, Duty]]:
     """Every duty of every member, with the auditor that it falls to."""
-    return [(who.peer, duty) for who in PEERS for duty in segments_to_rerun(section, state, claims, who.peer)]
+    return [(who.peer, duty) for who in PEERS for duty in segments_to_rerun(section, state, claims, who.peer, {})]
 
 
 @given(SECTIONS, AFTERS, st.permutations(CLAIMS), AUDITORS)
 def test_everybody_draws_the_same_from_the_same_round(
     section: VerifySection, state: bytes, shuffled: list[Signed[Claim]], auditor: str
 ) -> None:
-    drawn = segments_to_rerun(section, state, CLAIMS, auditor)
-    assert drawn == segments_to_rerun(section, state, CLAIMS, auditor)
-    assert set(drawn) == set(segments_to_rerun(section, state, shuffled, auditor))
+    drawn = segments_to_rerun(section, state, CLAIMS, auditor, {})
+    assert drawn == segments_to_rerun(section, state, CLAIMS, auditor, {})
+    assert set(drawn) == set(segments_to_rerun(section, state, shuffled, auditor, {}))
     parts = parts_to_reduce(section, state, RECEIPTS, auditor)
     assert set(parts) == set(parts_to_reduce(section, state, RECEIPTS[::-1], auditor))
 
@@ -89,7 +89,7 @@ def test_of_every_other_reducer_so_many_parts_are_checked(state: bytes, parts: i
 
 
 def test_a_peer_alone_in_its_round_is_checked_by_nobody() -> None:
-    assert segments_to_rerun(VerifySection(rate=1.0), after(0), CLAIMS[:1], PEERS[0].peer) == ()
+    assert segments_to_rerun(VerifySection(rate=1.0), after(0), CLAIMS[:1], PEERS[0].peer, {}) == ()
     assert parts_to_reduce(VerifySection(parts=4), after(0), RECEIPTS[:1], PEERS[0].peer) == ()
 
 

@@ -75,6 +75,7 @@ rosters = drawn(
     version=words,
     addresses=st.lists(st.text(max_size=256), max_size=3).map(tuple),
 )
+named = st.lists(st.sampled_from([make_identity(number).peer for number in (2, 3, 4)]), max_size=3).map(tuple)
 claims = drawn(
     Claim,
     shards=st.lists(digests, min_size=1, max_size=8).map(tuple),
@@ -87,7 +88,8 @@ claims = drawn(
     loss_before=losses,
     loss_after=losses,
     hardware=words,
-    against=st.lists(st.sampled_from([make_identity(number).peer for number in (2, 3, 4)]), max_size=3).map(tuple),
+    against=named,
+    strikes=named,
 )
 attestations = drawn(Attestation, ancestors=st.lists(digests, max_size=3).map(tuple), work=amounts)
 parts = st.builds(

@@ -181,7 +181,10 @@ def test_a_ledger_survives_its_bytes(index: int) -> None:
         ({"bans": {HALVES[0][0].peer: -1}}, "no round"),
         ({"bans": {HALVES[0][0].peer: 1.0}}, "no round"),
         ({"bans": {HALVES[1][0].peer: 1}}, "another cohort"),
-        ({"more": 1}, "is not {bans, covered, credit, epoch}"),
+        ({"strikes": []}, "no strike"),
+        ({"strikes": {HALVES[0][0].peer: [0, 1]}}, "no strike"),
+        ({"strikes": {HALVES[1][0].peer: [1, 1]}}, "another cohort"),
+        ({"more": 1}, "is not {bans, covered, credit, epoch, strikes}"),
     ],
 )
 def test_a_ledger_that_cannot_be_is_refused(change: dict[str, Any], sentence: str) -> None:
@@ -199,6 +202,19 @@ def test_whom_a_cohort_bans_is_banned_everywhere_from_the_mix_on() -> None:
     assert after.bans == {bad: 1}
     assert mixing.ledger_since(dataclasses.replace(after, common=after.digest), after).bans == {}
     assert mixing.caught_up(banned, COMMON, WITHOUT, MANIFEST).bans == {bad: 1}
+
+
+def test_strikes_are_mixed_like_bans_and_forgotten_in_time() -> None:
+    bad, other = HALVES[1][0].peer, HALVES[0][0].peer
+    common = dataclasses.replace(COMMON, strikes={bad: (1, 0), other: (1, 0)})
+    struck = dataclasses.replace(STATES[1], strikes={bad: (2, 3), other: (1, 0)})
+    ledger = mixing.ledger_since(struck, common)
+    assert ledger.strikes == {bad: (2, 3)}
+    assert Ledger.unpack(ledger.pack(MANIFEST), MANIFEST, Cohort(1, 1), 4) == ledger
+    assert mixing.mixed(common, MANIFEST, 4, [], [LEDGERS[0], ledger], DELTA).strikes == struck.strikes
+    assert mixing.caught_up(struck, common, WITHOUT, MANIFEST).strikes == {bad: (2, 3)}
+    late = mixing.mixed(common, MANIFEST, MANIFEST.verify.strike_rounds, [], [LEDGERS[0], ledger], DELTA)
+    assert late.strikes == {bad: (2, 3)}
 
 
 def test_no_cohort_weighs_more_than_the_cap_allows() -> None:

@@ -111,6 +111,28 @@ def test_c6_and_c7_who_was_banned_claims_nothing_and_is_not_spoken_against_again
         check_claim(dataclasses.replace(CLAIM, against=(EVE,)), view)
 
 
+def test_c6_and_c10_who_is_suspended_claims_nothing_and_is_not_named_again() -> None:
+    view = dataclasses.replace(VIEW, suspended={EVE: 9})
+    with pytest.raises(Ignore, match="is suspended until round 9"):
+        check_claim(make_claim(make_identity(2), MANIFEST, STATE), view)
+    with pytest.raises(Reject, match="for a strike out of order, twice, or in vain"):
+        check_claim(dataclasses.replace(CLAIM, strikes=(EVE,)), view)
+
+
+@pytest.mark.parametrize("strikes", [AGAINST[::-1], (EVE, EVE), (WHO.peer,)])
+def test_c10_a_claim_names_others_for_a_strike_in_order_and_once(strikes: tuple[str, ...]) -> None:
+    check_claim(dataclasses.replace(CLAIM, strikes=AGAINST), VIEW)
+    with pytest.raises(Reject, match="for a strike out of order, twice, or in vain"):
+        check_claim(dataclasses.replace(CLAIM, strikes=strikes), VIEW)
+    cohort = next(cohort for cohort in (Cohort(1, 0), Cohort(1, 1)) if cohort.has(STATE.run, WHO.peer))
+    others = [make_identity(number).peer for number in range(2, 20)]
+    stranger = next(peer for peer in others if not cohort.has(STATE.run, peer))
+    view = dataclasses.replace(VIEW, cohort=cohort)
+    claim = make_claim(WHO, MANIFEST, STATE, shards=view.assigned(WHO.peer), strikes=(stranger,))
+    with pytest.raises(Reject, match="peers of another cohort for a strike"):
+        check_claim(claim, view)
+
+
 def test_c8_and_a5_a_run_may_admit_listed_peers_only() -> None:
     listed = make_manifest(admission={"kind": "allowlist", "peers": (WHO.peer,)})
     state = make_state(listed)

@@ -388,6 +388,7 @@ def test_a_description_for_people_has_the_ledger_in_it() -> None:
         "seconds_merged": round(LATER.work, 1),
         "peers_credited": 2,
         "peers_banned": 0,
+        "peers_struck": 0,
         "cohorts": 1,
     }
 
@@ -417,3 +418,30 @@ def test_a_state_with_malformed_bans_is_refused(bans: Any) -> None:
     tensors, meta = unpack_tensors(LATER.blob)
     with pytest.raises(Reject):
         parse_state(pack_tensors(tensors, {**meta, "bans": bans}), MANIFEST, LIKE)
+
+
+@pytest.mark.parametrize(
+    "strikes", [None, [], {"x": 1}, {"x": [1]}, {"x": [0, 1]}, {"x": [1, -1]}, {"x": [1, 2.0]}, {"x": [1, 1 << 32]}]
+)
+def test_a_state_with_malformed_strikes_is_refused(strikes: Any) -> None:
+    tensors, meta = unpack_tensors(LATER.blob)
+    with pytest.raises(Reject):
+        parse_state(pack_tensors(tensors, {**meta, "strikes": strikes}), MANIFEST, LIKE)
+
+
+def test_a_struck_peer_keeps_its_credit_and_is_trusted_like_a_newcomer_while_the_strike_counts() -> None:
+    eve, anne = make_identity(99).peer, make_identity(98).peer
+    claims = [dataclasses.replace(accusing(number), strikes=(eve,)) for number in (1, 2)]
+    before = dataclasses.replace(GENESIS, credit={eve: 7.0, anne: 5.0})
+    after = advance(before, MANIFEST, claims, GENESIS.params, {})
+    assert after.strikes == {eve: (1, GENESIS.round)}
+    assert parse_state(after.blob, MANIFEST, LIKE).strikes == after.strikes
+    assert after.credit[eve] == 7.0
+    assert after.work > before.work
+    assert after.standing.keys() == after.credit.keys() - {eve}
+    last = GENESIS.round + MANIFEST.verify.strike_rounds
+    later = [
+        advance(dataclasses.replace(after, round=number), MANIFEST, [], GENESIS.params, {})
+        for number in (last - 1, last)
+    ]
+    assert [eve in state.standing for state in later] == [False, True]

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.merkle import Tree, part_digests
 from p2pasr.errors import LocalError, Reject, RemoteError
+from p2pasr.protocol.assignment import assign
+from p2pasr.protocol.cohorts import cohort_of
 from p2pasr.protocol.encoding import blob_digest, pack, unpack
 from p2pasr.protocol.messages import Claim, Receipt, Signed, seal
 from p2pasr.protocol.state import State
@@ -29,6 +31,7 @@ from p2pasr.verify.evidence import (
     Proof,
     ReductionProof,
     SegmentProof,
+    Undecided,
     compare_ends,
     pack_proof,
     unpack_proof,
@@ -233,8 +236,30 @@ def test_an_honest_segment_of_other_hardware_is_no_proof(off: float, finding: st
     def elsewhere(claim: Claim, segment: int, before: State, start: bytes | None) -> bytes:
         return changed(rerun(claim, segment, before, start), off)
 
-    with pytest.raises(Reject, match=f"trained again, is ({finding})"):
+    with pytest.raises(Reject, match=f"trained again, is ({finding})") as raised:
         segment_proof(HONEST, 1).check(Judge(MANIFEST, STATE.params, elsewhere))
+    assert isinstance(raised.value, Undecided) == (finding == "unclear")
+
+
+def test_a_segment_that_cannot_be_trained_here_decides_nothing() -> None:
+    def fails(*_: Any) -> bytes:
+        raise Reject("segment 2, trained again, comes to no end")
+
+    with pytest.raises(Undecided, match="comes to no end"):
+        segment_proof(HONEST, 1).check(Judge(MANIFEST, STATE.params, fails))
+
+
+def test_a_cheat_in_a_cohort_is_proved_by_the_shards_that_its_cohort_prefers() -> None:
+    manifest = make_manifest(averaging={"first_bits": 1})
+    state = make_state(manifest)
+    everybody = [make_identity(number) for number in range(1, 9)]
+    apart = [assign(manifest, state.digest, {}, who.peer, cohort_of(state.run, who.peer, 1)) for who in everybody]
+    as_one = [assign(manifest, state.digest, {}, who.peer) for who in everybody]
+    who, shards = next(each for *each, other in zip(everybody, apart, as_one, strict=True) if each[1] != other)
+    liar = train_claim(who, manifest, state, lie=0.25, shards=shards)
+    last = len(liar.checkpoints) - 1
+    proof = LinkProof(liar.claim, state.blob, Opening(liar.checkpoints[last], liar.way(last)))
+    assert "claimed a delta in round 0" in proof.check(Judge(manifest, state.params))
 
 
 def test_segments_after_a_spoilt_checkpoint_are_not_held_against_their_trainer_twice() -> None:

@@ -105,6 +105,7 @@ def crowded(onwards: int) -> tuple[State, list[RoundRecord | MixRecord]]:
                 "covered": after.covered,
                 "credit": after.credit,
                 "bans": {},
+                "strikes": {},
                 "bits": after.bits,
                 "receipts": (mix_receipt(state),),
                 "attestations": seen,
