@@ -115,19 +115,24 @@ def check_last_round(member: Member) -> int:
         return 0
     member.checked = record.after
     section = member.manifest.verify
+    segments = segments_to_rerun(section, record.after, record.members, member.peer)
+    parts = parts_to_reduce(section, record.after, record.receipts, member.peer)
+    if not (segments or parts):
+        return 0
     findings: list[Finding] = []
     done = 0
-    for duty in segments_to_rerun(section, record.after, record.members, member.peer):
+    before = parse_state(member.store.get(record.before), member.manifest, member.like)
+    for duty in segments:
         if _is_settled(member, duty.peer):
             continue
         claim = next(each for each in record.members if each.digest == duty.statement)
         began = time.monotonic()
-        findings.append(_tell(member, check_segment(member, claim, duty), "segment", began))
+        findings.append(_tell(member, check_segment(member, before, claim, duty), "segment", began))
         done += 1
-    for duty in parts_to_reduce(section, record.after, record.receipts, member.peer):
+    for duty in parts:
         if not _is_settled(member, duty.peer):
             began = time.monotonic()
-            findings.append(_tell(member, check_part_of(member, record, duty), "part", began))
+            findings.append(_tell(member, check_part_of(member, before, record, duty), "part", began))
     if findings:
         audit = Audit(member.state.run, member.peer, record.round, record.after, tuple(findings[:MAX_FINDINGS]))
         signed = seal(member.identity, audit)
@@ -165,17 +170,19 @@ def _tell(member: Member, finding: Finding, what: str, began: float) -> Finding:
 # --- one check ------------------------------------------------------------------------------------
 
 
-def check_segment(member: Member, claim: Signed[Claim], duty: Duty) -> Finding:
+def check_segment(member: Member, before: State, claim: Signed[Claim], duty: Duty) -> Finding:
     """Train one segment of a claim again, and see that its last checkpoint gives its delta.
 
     The order is blind: we commit to our result before the claimed one is opened to us.
+
+    Args:
+        before: the state that the claim starts from.
     """
     member.step("audit", f"round {claim.message.round}: training segment {duty.item + 1} of {short(duty.peer)} again")
-    state = parse_state(member.store.get(claim.message.state), member.manifest, member.like)
     salt, result = os.urandom(32), NOTHING
     try:
         start = open_checkpoint(member, claim, duty.item - 1, None) if duty.item > 0 else None
-        rerun = train_again(member, claim.message, duty.item, state, None if start is None else start.data)
+        rerun = train_again(member, claim.message, duty.item, before, None if start is None else start.data)
         result = blob_digest(rerun)
         commitment = Commitment(member.state.run, member.peer, claim.digest, duty.item, commit_to(result, salt))
         sealed = seal(member.identity, commitment).pack()
@@ -184,7 +191,7 @@ def check_segment(member: Member, claim: Signed[Claim], duty: Duty) -> Finding:
         last = end if duty.item == last_index else open_checkpoint(member, claim, last_index, sealed)
     except (TransportError, RemoteError) as error:
         return unavailable(member, duty, error, result, salt)
-    return conclude_segment(member, claim, duty, Opened(start, end, last), rerun, salt)
+    return conclude_segment(member, before, claim, duty, Opened(start, end, last), rerun, salt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,27 +210,26 @@ class Opened:
 
 
 def conclude_segment(
-    member: Member, claim: Signed[Claim], duty: Duty, opened: Opened, rerun: bytes, salt: bytes
+    member: Member, before: State, claim: Signed[Claim], duty: Duty, opened: Opened, rerun: bytes, salt: bytes
 ) -> Finding:
     """What a re-run segment says about its claim; keeps the proof if it is one.
 
     Args:
+        before: the state that the claim starts from.
         rerun: the packed checkpoint at its end, trained here.
         salt: of the commitment to it.
     """
-    judge, before = judge_of(member), member.store.get(claim.message.state)
-    state = parse_state(before, member.manifest, member.like)
     start = None if opened.start is None else opened.start.data
-    found = compare_ends(state, start, opened.end.data, rerun, member.manifest)
+    found = compare_ends(before, start, opened.end.data, rerun, member.manifest)
     kind = found.finding
     if kind == "different":
         ends = f"ends elsewhere (relative error {found.error:.2e})"
-        proof = SegmentProof(claim, duty.item, before, opened.start, opened.end)
+        proof = SegmentProof(claim, duty.item, before.blob, opened.start, opened.end)
         convict(member, proof, f"segment {duty.item + 1} of {short(duty.peer)}, trained again, {ends}")
-    elif delta_of(claim.message, state, opened.last.data, member.manifest) != (claim.message.delta_root, True):
+    elif delta_of(claim.message, before, opened.last.data, member.manifest) != (claim.message.delta_root, True):
         kind = "different"
-        link = LinkProof(claim, before, opened.last)
-        convict(member, link, link.check(judge))
+        link = LinkProof(claim, before.blob, opened.last)
+        convict(member, link, link.check(judge_of(member)))
     error = min(found.error, MAX_ERROR)
     return Finding(duty.peer, duty.statement, duty.item, kind, error, blob_digest(rerun), salt)
 
@@ -296,11 +302,14 @@ def train_segment(
     return end.pack()
 
 
-def check_part_of(member: Member, record: RoundRecord, duty: Duty) -> Finding:
-    """Reduce one part of a reducer's share again, bit for bit, from what its senders committed to."""
+def check_part_of(member: Member, before: State, record: RoundRecord, duty: Duty) -> Finding:
+    """Reduce one part of a reducer's share again, bit for bit, from what its senders committed to.
+
+    Args:
+        before: the state that the round starts from.
+    """
     receipt = next(each for each in record.receipts if each.digest == duty.statement)
     stated = next(part for part in receipt.message.parts if part.index == duty.item)
-    before = member.store.get(record.before)
     parts: dict[int, tuple[bytes, tuple[bytes, ...]]] = {}
     for position in stated.senders:
         claim = record.members[position]
@@ -313,12 +322,11 @@ def check_part_of(member: Member, record: RoundRecord, duty: Duty) -> Finding:
         except (TransportError, RemoteError) as error:
             member.report.warn(f"part {duty.item} of {short(claim.message.peer)} could not be had: {error}")
             return Finding(claim.message.peer, claim.digest, duty.item, "unavailable", 0.0, NOTHING, NOTHING)
-    state = parse_state(before, member.manifest, member.like)
     claims = [each.message for each in record.members]
-    result = reduce_again(claims, state, member.manifest, duty.item, {at: data for at, (data, _) in parts.items()})
+    result = reduce_again(claims, before, member.manifest, duty.item, {at: data for at, (data, _) in parts.items()})
     if result is not None and blob_digest(result) == stated.result:
         return Finding(duty.peer, duty.statement, duty.item, "same", 0.0, NOTHING, NOTHING)
-    proof = ReductionProof(receipt, record.members, before, duty.item, parts)
+    proof = ReductionProof(receipt, record.members, before.blob, duty.item, parts)
     convict(member, proof, proof.check(judge_of(member)))
     return Finding(duty.peer, duty.statement, duty.item, "different", MAX_ERROR, NOTHING, NOTHING)
 

@@ -31,7 +31,7 @@ from p2pasr.protocol.cohorts import cohort_of
 from p2pasr.protocol.messages import Attestation, Claim, Finding, Signed
 from p2pasr.protocol.rules import RoundView
 from p2pasr.protocol.signing import short
-from p2pasr.protocol.state import mix_due, parse_state
+from p2pasr.protocol.state import State, mix_due
 from p2pasr.round import Member, attestations_around
 from p2pasr.verify.record import MAX_RECORD_BYTES, RoundRecord, check_record
 
@@ -133,7 +133,7 @@ def check_round(member: Member, line: Line, number: int, rate: float) -> Iterato
     Everything is fetched first, for its authors may delete it while a segment is trained.
     """
     try:
-        record = find_record(member, line, number)
+        before, record = find_record(member, line, number)
     except TransportError as error:
         member.report.warn(f"round {number} cannot be checked: {error}")
         return
@@ -141,7 +141,7 @@ def check_round(member: Member, line: Line, number: int, rate: float) -> Iterato
         for part in receipt.message.parts:
             if CHANCE.random() < rate:
                 duty = Duty(receipt.message.peer, receipt.digest, part.index)
-                yield Look(number, "part", check_part_of(member, record, duty))
+                yield Look(number, "part", check_part_of(member, before, record, duty))
     drawn: list[tuple[Signed[Claim], Duty, Opened]] = []
     for claim in record.members:
         for segment in range(claim.message.segments):
@@ -152,7 +152,7 @@ def check_round(member: Member, line: Line, number: int, rate: float) -> Iterato
                 except (TransportError, RemoteError) as error:
                     yield Look(number, "segment", unavailable(member, duty, error))
     for claim, duty, opened in drawn:
-        yield Look(number, "segment", check_opened(member, claim, duty, opened))
+        yield Look(number, "segment", check_opened(member, before, claim, duty, opened))
 
 
 def open_segment(member: Member, claim: Signed[Claim], segment: int) -> Opened:
@@ -167,22 +167,23 @@ def open_segment(member: Member, claim: Signed[Claim], segment: int) -> Opened:
     return Opened(opened.get(segment - 1), opened[segment], opened[claim.message.segments - 1])
 
 
-def check_opened(member: Member, claim: Signed[Claim], duty: Duty, opened: Opened) -> Finding:
-    """Train a segment again whose ends were opened before."""
+def check_opened(member: Member, before: State, claim: Signed[Claim], duty: Duty, opened: Opened) -> Finding:
+    """Train a segment again whose ends were opened before.
+
+    Args:
+        before: the state that the claim starts from.
+    """
     member.report.progress(f"round {claim.message.round}: segment {duty.item + 1} of {short(duty.peer)}", 0, 1)
-    state = parse_state(member.store.get(claim.message.state), member.manifest, member.like)
     try:
         start = None if opened.start is None else opened.start.data
-        rerun = train_again(member, claim.message, duty.item, state, start)
+        rerun = train_again(member, claim.message, duty.item, before, start)
     except (TransportError, RemoteError) as error:
         return unavailable(member, duty, error)
-    return conclude_segment(member, claim, duty, opened, rerun, NOTHING)
+    return conclude_segment(member, before, claim, duty, opened, rerun, NOTHING)
 
 
-def find_record(member: Member, line: Line, number: int) -> RoundRecord:
-    """The record of a round, from whoever of those who attest its outcome gives one that holds.
-
-    The state before the round is in the store afterwards.
+def find_record(member: Member, line: Line, number: int) -> tuple[State, RoundRecord]:
+    """The state before a round, and its record from whoever of those who attest its outcome gives one that holds.
 
     Raises:
         TransportError: nobody gives one, or the round mixed cohorts.
@@ -204,5 +205,5 @@ def find_record(member: Member, line: Line, number: int) -> RoundRecord:
             member.report.warn(f"the record that {short(peer)} gives of round {number} does not hold: {error}")
             continue
         if record.after == line.states[number + 1]:
-            return record
+            return state, record
     raise TransportError(f"none of {len(line.peers)} peers gives the record of round {number}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,11 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from p2pasr import auditing
 from p2pasr import round as story
 from p2pasr.auditing import convict
 from p2pasr.errors import Ignore, LocalError, P2pasrError, Reject
+from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.messages import Accusation, Charge, seal
 from p2pasr.protocol.rules import check_claim
+from p2pasr.protocol.state import State, parse_state
 from p2pasr.verify import openings
 from p2pasr.verify.conflict import Conflict
 from p2pasr.verify.evidence import ConflictProof, pack_proof
@@ -178,6 +182,20 @@ def test_a_complete_proof_of_an_honest_segment_is_trained_again_and_refused(aren
         with pytest.raises(Reject, match="the segment, trained again, is same"):
             verdict(swarm.manifest, TinyTask(), swarm.shards, pack_proof(proof))
     assert swarm.banned == set()
+
+
+def test_the_state_before_a_round_is_read_once_whatever_is_checked_of_it(
+    arena: MakeArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[bytes] = []
+
+    def parse(blob: bytes, *rest: Any) -> State:
+        read.append(blob_digest(blob))
+        return parse_state(blob, *rest)
+
+    monkeypatch.setattr(auditing, "parse_state", parse)
+    arena().play(3)
+    assert sorted(Counter(read).values()) == [PEERS, PEERS]
 
 
 def test_whoever_was_heard_once_without_proof_is_not_heard_again(arena: MakeArena) -> None:
