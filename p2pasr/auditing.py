@@ -350,7 +350,7 @@ def convict(member: Member, proof: Proof, sentence: str) -> None:
     """
     packed = pack_proof(proof)
     digest = member.store.put("proof", packed)
-    path = member.journal.prove(f"{member.state.round:08d}-{proof.kind}-{proof.accused}", packed)
+    path = member.journal.prove(f"{proof.round:08d}-{proof.kind}-{proof.accused}", packed)
     member.proved.add(proof.accused)
     member.charges[proof.accused] = Charge(proof.accused, digest, len(packed))
     charges = tuple(list(member.charges.values())[-MAX_AGAINST:])
