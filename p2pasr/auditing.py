@@ -16,7 +16,7 @@ from p2pasr.averaging.codec import Layout
 from p2pasr.errors import LocalError, NonFiniteStep, P2pasrError, Reject, RemoteError, TransportError
 from p2pasr.having import fetch_shards, shard_path
 from p2pasr.peers.blobs import Kind
-from p2pasr.protocol.audits import Duty, parts_to_reduce, segments_to_rerun
+from p2pasr.protocol.audits import Duty, link_checkers, parts_to_reduce, segments_to_rerun
 from p2pasr.protocol.encoding import MEBIBYTE, blob_digest
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import (
@@ -74,6 +74,7 @@ def offer(member: Member) -> None:
     offers, records = [], set()
     for number, trace in sorted(member.journal.traces().items()):
         packed = bytes.fromhex(trace["claim"])
+        fresh = number == member.state.round - 1
         record = member.journal.read_record(number)
         if record is not None:
             records.add(member.store.put("record", record, durable=False))
@@ -82,7 +83,8 @@ def offer(member: Member) -> None:
                 "claim": packed,
                 "checkpoints": [bytes.fromhex(digest) for digest in trace["checkpoints"]],
                 "delta": bytes.fromhex(trace["delta"]),
-                "drawn": _drawn(member, number, packed) if number == member.state.round - 1 else None,
+                "drawn": _drawn(member, number, packed) if fresh else None,
+                "link": _link_checker(member, number, packed) if fresh else None,
                 "record": None if record is None else blob_digest(record),
             }
         )
@@ -106,6 +108,14 @@ def _drawn(member: Member, number: int, claim: bytes) -> dict[str, list[int]]:
     return drawn
 
 
+def _link_checker(member: Member, number: int, claim: bytes) -> str | None:
+    """Who was drawn to compare the last checkpoint of this peer's claim with its delta, if anybody."""
+    record = _record(member, number)
+    if record is None:
+        return None
+    return link_checkers(member.manifest.verify, record.after, record.members).get(unseal(claim, Claim).digest)
+
+
 def check_last_round(member: Member) -> int:
     """Do what was drawn for this peer of the round before, once; returns how many segments were trained again."""
     offer(member)
@@ -117,7 +127,9 @@ def check_last_round(member: Member) -> int:
     section = member.manifest.verify
     segments = segments_to_rerun(section, record.after, record.members, member.peer)
     parts = parts_to_reduce(section, record.after, record.receipts, member.peer)
-    if not (segments or parts):
+    checkers = link_checkers(section, record.after, record.members)
+    links = [claim for claim in record.members if checkers.get(claim.digest) == member.peer]
+    if not (segments or links or parts):
         return 0
     findings: list[Finding] = []
     done = 0
@@ -129,6 +141,10 @@ def check_last_round(member: Member) -> int:
         began = time.monotonic()
         findings.append(_tell(member, check_segment(member, before, claim, duty), "segment", began))
         done += 1
+    for claim in links:
+        if not _is_settled(member, claim.message.peer):
+            began = time.monotonic()
+            findings.append(_tell(member, check_link(member, before, claim), "link", began))
     for duty in parts:
         if not _is_settled(member, duty.peer):
             began = time.monotonic()
@@ -226,12 +242,40 @@ def conclude_segment(
         ends = f"ends elsewhere (relative error {found.error:.2e})"
         proof = SegmentProof(claim, duty.item, before.blob, opened.start, opened.end)
         convict(member, proof, f"segment {duty.item + 1} of {short(duty.peer)}, trained again, {ends}")
-    elif delta_of(claim.message, before, opened.last.data, member.manifest) != (claim.message.delta_root, True):
+    elif breaks_link(member, before, claim, opened.last):
         kind = "different"
-        link = LinkProof(claim, before.blob, opened.last)
-        convict(member, link, link.check(judge_of(member)))
     error = min(found.error, MAX_ERROR)
     return Finding(duty.peer, duty.statement, duty.item, kind, error, blob_digest(rerun), salt)
+
+
+def check_link(member: Member, before: State, claim: Signed[Claim]) -> Finding:
+    """See that the last checkpoint of a claim, of which nothing is trained again, gives its delta.
+
+    Args:
+        before: the state that the claim starts from.
+    """
+    author, index = claim.message.peer, claim.message.segments - 1
+    try:
+        last = open_checkpoint(member, claim, index, None)
+    except (TransportError, RemoteError) as error:
+        member.report.warn(f"the last checkpoint of {short(author)} could not be had: {error}")
+        return Finding(author, claim.digest, index, "unavailable", 0.0, NOTHING, NOTHING)
+    if breaks_link(member, before, claim, last):
+        return Finding(author, claim.digest, index, "different", MAX_ERROR, NOTHING, NOTHING)
+    return Finding(author, claim.digest, index, "same", 0.0, NOTHING, NOTHING)
+
+
+def breaks_link(member: Member, before: State, claim: Signed[Claim], last: Opening) -> bool:
+    """Whether a claim's last checkpoint gives another delta or norm than it states; keeps the proof if so.
+
+    Args:
+        before: the state that the claim starts from.
+    """
+    if delta_of(claim.message, before, last.data, member.manifest) == (claim.message.delta_root, True):
+        return False
+    link = LinkProof(claim, before.blob, last)
+    convict(member, link, link.check(judge_of(member)))
+    return True
 
 
 def unavailable(
@@ -251,6 +295,7 @@ def open_checkpoint(member: Member, claim: Signed[Claim], index: int, commitment
     """
     answer = member.link.call("open", OPEN_SECONDS, claim=claim.pack(), checkpoint=index, commitment=commitment)
     data = fetch(member, "checkpoint", answer["digest"], max_checkpoint_bytes(member.manifest), claim.message.peer)
+    member.opened += len(data)
     return Opening(data, tuple(answer["proof"]))
 
 

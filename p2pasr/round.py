@@ -124,6 +124,7 @@ class Member:
         checked: digest of the state whose round it has checked last.
         heard: digests of the proofs that it has looked at.
         distrusted: peers that accused somebody without proof.
+        opened: bytes of others' checkpoints that it was given to check, since it started.
         whole: shards whose bytes this process has compared with their digests.
         traffic: bytes sent and received, and connections open, when last counted.
     """
@@ -151,6 +152,7 @@ class Member:
     checked: bytes = b""
     heard: set[bytes] = field(default_factory=set)
     distrusted: set[str] = field(default_factory=set)
+    opened: int = 0
     whole: set[bytes] = field(default_factory=set)
     traffic: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("bytes_sent", "bytes_received", "connections"), 0)
@@ -1293,5 +1295,6 @@ def settle(member: Member, result: Averaged) -> None:
         banned=banned,
         epoch=after.epoch,
         work=after.work,
+        bytes_opened=member.opened,
         **member.traffic,
     )

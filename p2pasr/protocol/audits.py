@@ -17,7 +17,8 @@ class Duty:
     Attributes:
         peer: whose work is checked.
         statement: digest of its claim, or of its receipt.
-        item: the segment that is trained again, or the part that is reduced again.
+        item: the segment that is trained again, the one whose end is compared with the delta, or the part that is
+            reduced again.
     """
 
     peer: str
@@ -47,6 +48,29 @@ def segments_to_rerun(
             segment = _number(_draw("audited-segment", after, statement, auditor)) % claim.message.segments
             duties.append(Duty(claim.message.peer, statement, segment))
     return tuple(duties)
+
+
+def link_checkers(section: VerifySection, after: bytes, claims: Sequence[Signed[Claim]]) -> dict[bytes, str]:
+    """Who compares which claim's last checkpoint with its delta and its norm: digest of a claim → another member.
+
+    Each claim has one, drawn at the section's rate, but for those of which a segment is trained again: its auditor
+    makes the comparison then, and the last checkpoint may be what it must not see before it commits to its own.
+
+    Args:
+        after: digest of the state that came of the round.
+        claims: those of its members, in any order.
+    """
+    members = [claim.message.peer for claim in claims]
+    audited = {duty.statement for each in members for duty in segments_to_rerun(section, after, claims, each)}
+    checkers = {}
+    for claim in claims:
+        statement = claim.digest
+        others = [peer for peer in members if peer != claim.message.peer]
+        rare = _fraction(_draw("checked-link", after, statement, "")) >= section.links
+        if others and statement not in audited and not rare:
+            ranks = {peer: _draw("link-checker", after, statement, peer) for peer in others}
+            checkers[statement] = min(others, key=ranks.__getitem__)
+    return checkers
 
 
 def parts_to_reduce(

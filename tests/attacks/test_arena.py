@@ -33,7 +33,7 @@ from tests.unit.builders import make_identity
 
 CHEAT = 0
 PEERS = 4
-OFF = {"verify": {"rate": 0.0, "parts": 0}}
+OFF = {"verify": {"rate": 0.0, "links": 0.0, "parts": 0}}
 
 CAUGHT_AT_ONCE: dict[str, Attack] = {
     "zero delta": trains(adversary.nothing_at_all),
@@ -121,6 +121,30 @@ def test_without_audits_a_wrong_code_of_a_reducer_is_everybodys_state(arena: Mak
     honest.play(1)
     bent.play(1)
     assert not np.array_equal(honest.state.params["weights"], bent.state.params["weights"])
+
+
+@pytest.mark.parametrize("name", ["noise", "sign flip", "scaled by 1.05"])
+def test_a_delta_of_something_else_is_found_in_its_round_although_nothing_is_trained_again(
+    arena: MakeArena, name: str
+) -> None:
+    swarm = arena({CHEAT: CAUGHT_AT_ONCE[name]}, verify={"rate": 0.0})
+    assert swarm.rounds_to_ban(CHEAT, 2) == 2
+    assert {proof.kind for proof in swarm.proofs()} == {"link"}
+    check_proofs(swarm, {CHEAT})
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_every_claim_is_checked_by_one_other_member_in_every_round_whatever_is_drawn(
+    arena: MakeArena, rate: float
+) -> None:
+    swarm = arena(verify={"rate": rate})
+    swarm.play(5)
+    found = [(p.peer, event) for p in swarm.players for event in p.member.report.seen("audit")]
+    links = [(checker, event["peer"]) for checker, event in found if event["what"] in ("segment", "link")]
+    assert Counter(author for _, author in links) == dict.fromkeys((p.peer for p in swarm.players), 4)
+    assert all(checker != author for checker, author in links)
+    assert {event["finding"] for _, event in found} == {"same"}
+    assert sum(p.member.opened for p in swarm.players) > 0
 
 
 def test_what_another_peer_trained_is_no_work_of_ones_own(arena: MakeArena) -> None:

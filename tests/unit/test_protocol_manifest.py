@@ -304,7 +304,7 @@ def test_every_value_of_a_manifest_enters_its_name() -> None:
             other: Any = digest_of(f"{path}").hex()
         elif isinstance(value, str):
             other = others.get(value, value + "x")
-        elif path[-1] in ("momentum", "beta2", "epsilon", "trim", "hostile", "rate", "close", "far"):
+        elif path[-1] in ("momentum", "beta2", "epsilon", "trim", "hostile", "rate", "links", "close", "far"):
             other = value / 2
         elif path[-1] == "max_group":
             other = value - 1
