@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from p2pasr.averaging.codec import Layout
+from p2pasr.canonical import settle
 from p2pasr.errors import LocalError, NonFiniteStep, P2pasrError, Reject, RemoteError, TransportError
 from p2pasr.having import fetch_shards, shard_path
 from p2pasr.peers.blobs import Kind
@@ -237,6 +238,8 @@ def conclude_segment(
     """
     start = None if opened.start is None else opened.start.data
     found = compare_ends(before, start, opened.end.data, rerun, member.manifest)
+    if found.finding == "unclear":
+        found = settle(member, before, claim.message, duty.item, start, opened.end.data, rerun, found)
     kind = found.finding
     if kind == "different":
         ends = f"ends elsewhere (relative error {found.error:.2e})"

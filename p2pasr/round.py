@@ -124,6 +124,8 @@ class Member:
         checked: digest of the state whose round it has checked last.
         heard: digests of the proofs that it has looked at.
         distrusted: peers that accused somebody without proof.
+        model: a local folder to load a pretrained base from, in place of the one that the manifest names.
+        settles: whether segments in the grey zone are trained again in the canonical class; not when one took too long.
         opened: bytes of others' checkpoints that it was given to check, since it started.
         whole: shards whose bytes this process has compared with their digests.
         traffic: bytes sent and received, and connections open, when last counted.
@@ -140,6 +142,7 @@ class Member:
     like: Tensors
     state: State
     client_mode: bool = False
+    model: str | None = None
     lineage: tuple[bytes, ...] = field(default=(), init=False)
     attested: Signed[Attestation] | None = None
     attested_in: Cohort = EVERYBODY
@@ -152,6 +155,7 @@ class Member:
     checked: bytes = b""
     heard: set[bytes] = field(default_factory=set)
     distrusted: set[str] = field(default_factory=set)
+    settles: bool = True
     opened: int = 0
     whole: set[bytes] = field(default_factory=set)
     traffic: dict[str, int] = field(
