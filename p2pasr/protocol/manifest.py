@@ -173,7 +173,7 @@ class VerifySection(_Section):
     twelve bytes a trained value, so that runs of large models lower it."""
     close: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     """A re-run on other hardware whose relative error is at most this is taken for the same."""
-    far: Annotated[float, Field(gt=0, lt=1)] = 1e-2
+    far: Annotated[float, Field(gt=0, lt=1)] = 5e-3
     """From this error on it is proof of cheating; between the two nobody can tell, and nobody is blamed."""
 
     @model_validator(mode="after")

@@ -322,7 +322,7 @@ def test_a_peer_that_opens_nothing_is_reported_and_stays(arena: MakeArena, monke
 
 
 def test_a_drift_below_the_limit_stays_and_does_little(arena: MakeArena) -> None:
-    swarm = arena({CHEAT: trains(adversary.drifting(0.009))})
+    swarm = arena({CHEAT: trains(adversary.drifting(0.0045))})
     loss, honest = losses_of(swarm, 8), losses_of(arena(), 8)
     assert swarm.banned == set()
     assert loss < 1.05 * honest
