@@ -77,7 +77,7 @@ def _attacks(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if arguments.real:
         return [asdict(row) for row in real(arguments.attacks, arguments.peers, arguments.rate)]
     if arguments.honest:
-        return [asdict(row) for row in honest(arguments.audits, arguments.segments)]
+        return [asdict(row) for row in honest(arguments.audits)]
     return [asdict(row) for row in simulate(arguments.seeds)]
 
 
@@ -137,8 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     attacks = kinds.add_parser("attacks", help="how long cheats last, and whether honest peers are ever banned")
     attacks.add_argument("--seeds", type=int, default=200, help="simulated runs of each kind")
     attacks.add_argument("--honest", action="store_true", help="train honest segments again instead")
-    attacks.add_argument("--audits", type=int, default=10_000, help="of a tiny task")
-    attacks.add_argument("--segments", type=int, default=2, help="of the demo's model, for each kind of hardware")
+    attacks.add_argument("--audits", type=int, default=10_000, help="of honest segments (about 10 minutes)")
     attacks.add_argument("--real", action="store_true", help="run real peers instead (some minutes an attack)")
     attacks.add_argument("--attacks", nargs="+", default=["sign-flip", "free-rider"], metavar="ATTACK")
     attacks.add_argument("--peers", type=int, default=8, help="of which one cheats")

@@ -7,15 +7,17 @@ against anybody. Beside what came out stands what follows from `detection_probab
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
-import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist, mean, quantiles
 from typing import Final
@@ -23,20 +25,21 @@ from typing import Final
 import base58
 
 from benchmarks.swarm import RUN_SECONDS
-from p2pasr import runs
+from p2pasr import calibration, runs
 from p2pasr.demo.fleet import Event, Fleet, Process
 from p2pasr.demo.swarm import demo_config, prepare_speech
 from p2pasr.errors import TransportError
 from p2pasr.protocol.audits import detection_probability, draw_auditors, segments_to_rerun
 from p2pasr.protocol.encoding import blob_digest, keyed_bytes
-from p2pasr.protocol.manifest import VerifySection
+from p2pasr.protocol.manifest import RunManifest, VerifySection
 from p2pasr.protocol.messages import Claim, Signed
-from p2pasr.protocol.state import condemn, genesis
+from p2pasr.protocol.state import State, condemn, genesis
 from p2pasr.protocol.strikes import Strike, audit_rate, strike, suspended
 from p2pasr.speech.prepare import Settings, prepare
 from p2pasr.speech.synthetic import write_corpus
-from p2pasr.tasks.base import Checkpoint, SegmentPlan
-from p2pasr.verify.evidence import Judge, compare_ends
+from p2pasr.tasks.base import Checkpoint, SegmentPlan, Task
+from p2pasr.verify.compare import Comparison
+from p2pasr.verify.evidence import compare_ends
 
 SEGMENTS: Final = 4
 RATES: Final = (1 / 16, 1 / 4, 1.0)
@@ -48,9 +51,8 @@ CAPABILITIES: Final = ("default", "avx2", "avx512")
 
 BASE: Final = "p2pasr/demo-base"
 CLIPS: Final = 96
-
-Triple = tuple[bytes, bytes, bytes]
-"""Packed checkpoints: the start of a segment, its end as claimed, its end when trained again."""
+AT_ONCE: Final = 16
+"""Segments that each class trains before they are compared."""
 
 
 # --- simulated ----------------------------------------------------------------------------------------------
@@ -302,107 +304,112 @@ def _claim(
 
 @dataclass(frozen=True, slots=True)
 class HonestRow:
-    """What came of training honest segments again.
+    """What came of training honest segments again in another class of hardware.
 
     Attributes:
-        audits: how many.
+        claimed: the class of their author.
+        again: the class of their auditor.
         largest_error: relative, of any of them.
-        different: how many would have been called proof of cheating; each would ban somebody honest.
+        honest_banned: findings that are proof of cheating, `different`.
+        seconds: that the auditor trained.
     """
 
-    task: str
-    hardware: str
+    claimed: str
+    again: str
     audits: int
     same: int
     close: int
     unclear: int
     different: int
     largest_error: float
+    honest_banned: int
+    seconds: float
 
 
-def honest(audits: int, segments: int) -> list[HonestRow]:
-    """Train honest segments again: many tiny ones here, and some of the demo's with other instructions and threads.
+Trained = tuple[list[bytes], float]
+"""The packed ends of some segments, and the seconds that training them took."""
+
+
+def honest(audits: int) -> list[HonestRow]:
+    """Train honest segments of a small LoRA again in every class of hardware that this machine can play.
+
+    Each class trains each segment from the same start, and of each pair one is taken for the author and the other for
+    the auditor.
 
     Args:
-        audits: tiny segments.
-        segments: of the demo's model, for each kind of hardware.
+        audits: how many at least, over all pairs.
     """
-    with tempfile.TemporaryDirectory(prefix="p2pasr-bench-") as name:
-        folder = Path(name)
-        write_corpus(folder / "corpus", dialect="yue", split="train", clips=CLIPS, people=6)
-        prepare(folder / "corpus", folder / "shards", Settings(BASE, dialect="yue", clips_per_shard=CLIPS // 4))
-        manifest = runs.new_run(demo_config(3), folder / "shards")
-        judge = Judge(manifest, runs.build_task(manifest).initial_params())
-        rows = [_tally(judge, "tiny classifier", "this machine", _tiny_segments(audits))]
-        kinds = [(capability, threads) for capability in CAPABILITIES for threads in (1, 2)]
-        ends = {kind: _train_elsewhere(folder, *kind, segments) for kind in kinds}
-        claimed = kinds[-1]
-        start = Checkpoint(judge.like).pack()
-        for kind in kinds[:-1]:
-            title = f"{_title(kind)} for {_title(claimed)}"
-            pairs = zip(ends[claimed], ends[kind], strict=True)
-            triples = [(start, ours.read_bytes(), theirs.read_bytes()) for ours, theirs in pairs]
-            rows.append(_tally(judge, "the demo's LoRA", title, triples))
-    return rows
-
-
-def _title(kind: tuple[str, int]) -> str:
-    return f"{kind[0]}, {kind[1]} thread{'s' if kind[1] > 1 else ''}"
-
-
-def _tiny_segments(audits: int) -> Iterator[Triple]:
-    from tests.attacks.tiny import TinyTask
-
-    task, auditor = TinyTask(), TinyTask()
-    with tempfile.TemporaryDirectory(prefix="p2pasr-bench-") as name:
-        shard = Path(name) / "shard"
-        shard.write_bytes(bytes(32))
-        now = Checkpoint(task.initial_params())
-        for number in range(audits):
-            plan = SegmentPlan(blob_digest(number.to_bytes(4, "big")), 8, 16, 0, 1000)
-            start = now.pack()
-            end, _ = task.segment(now, [shard], plan)
-            rerun, _ = auditor.segment(Checkpoint.unpack(start), [shard], plan)
-            yield start, end.pack(), rerun.pack()
-            now = end if number % SEGMENTS else Checkpoint(task.initial_params())
-
-
-def _tally(judge: Judge, task: str, hardware: str, triples: Iterable[Triple]) -> HonestRow:
-    tally: Counter[str] = Counter()
-    largest = 0.0
-    before = genesis(judge.manifest, judge.like)
-    for start, claimed, rerun in triples:
-        found = compare_ends(before, start, claimed, rerun, judge)
-        tally[found.finding] += 1
-        largest = max(largest, found.error)
-    counts = (tally[kind] for kind in ("same", "close", "unclear", "different"))
-    return HonestRow(task, hardware, tally.total(), *counts, largest)
-
-
-def _train_elsewhere(folder: Path, capability: str, threads: int, segments: int) -> list[Path]:
-    """The packed ends of some segments, trained by a process that uses these instructions and threads."""
-    out = folder / f"{capability}-{threads}"
-    out.mkdir()
-    arguments = [str(out), str(folder / "shards"), str(threads), str(segments)]
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    subprocess.run([sys.executable, "-m", "benchmarks.attacks", *arguments], env=environment, check=True)
-    return [out / str(number) for number in range(segments)]
-
-
-def train_segments(out: Path, shards: Path, threads: int, segments: int) -> None:
-    """Train some segments of the demo's model, each by another seed and on other shards, and write where they end."""
     import torch
 
-    torch.set_num_threads(threads)
-    manifest = runs.new_run(demo_config(3), shards)
-    task = runs.build_task(manifest)
-    start = Checkpoint(task.initial_params())
-    files = runs.shard_paths(shards)
-    rounds = manifest.rounds
-    for number in range(segments):
-        plan = SegmentPlan.of(rounds, 2, blob_digest(number.to_bytes(4, "big")), "somebody", 0)
-        end, _ = task.segment(start, files[number % len(files) :][:2], plan)
-        (out / str(number)).write_bytes(end.pack())
+    torch.set_num_threads(1)
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that spin take the cores that the other classes train on
+    best = torch.backends.cpu.get_cpu_capability().lower()
+    with tempfile.TemporaryDirectory(prefix="p2pasr-bench-") as name, contextlib.ExitStack() as opened:
+        manifest, files = _small_run(Path(name))
+        task = runs.build_task(manifest)
+        own = f"{best} 1t"
+        trainers = {
+            hardware.name if hardware.name != own else f"{own} again": opened.enter_context(
+                calibration.trainer(manifest, hardware, None)
+            )
+            for hardware in _classes(best)
+        }
+        pairs = list(itertools.combinations([own, *trainers], 2))
+        found: dict[tuple[str, str], list[Comparison]] = {pair: [] for pair in pairs}
+        seconds = dict.fromkeys(trainers, 0.0)
+        first = genesis(manifest, task.initial_params())
+        states = [first, _later(first, task, files, manifest)]
+        segments = calibration.reference_segments(manifest, task, states, files, math.ceil(audits / len(pairs)))
+        pool = opened.enter_context(ThreadPoolExecutor(len(trainers)))
+        while batch := list(itertools.islice(segments, AT_ONCE)):
+            ends = {own: [segment.end for segment in batch]}
+            trained = pool.map(_train_all, trainers.values(), itertools.repeat(batch))
+            for hardware_name, (made, spent) in zip(trainers, trained, strict=True):
+                ends[hardware_name] = made
+                seconds[hardware_name] += spent
+            for one, other in pairs:
+                for segment, claimed, again in zip(batch, ends[one], ends[other], strict=True):
+                    found[one, other].append(compare_ends(first, segment.begin, claimed, again, manifest))
+    return [_honest_row(*pair, comparisons, seconds[pair[1]]) for pair, comparisons in found.items()]
+
+
+def _small_run(folder: Path) -> tuple[RunManifest, list[Path]]:
+    """A run of the demo's model whose segments take a tenth of a second, and its shards."""
+    write_corpus(folder / "corpus", dialect="yue", split="train", clips=CLIPS, people=6)
+    prepare(folder / "corpus", folder / "shards", Settings(BASE, dialect="yue", clips_per_shard=CLIPS // 8))
+    config = demo_config(3)
+    rounds = config.rounds.model_copy(update={"steps_per_segment": 2, "samples_per_step": 2, "shards_per_peer": 1})
+    small = {**config.task.config, "rank": 8, "targets": ["q_proj", "v_proj"]}
+    task = config.task.model_copy(update={"config": small})
+    manifest = runs.new_run(config.model_copy(update={"rounds": rounds, "task": task}), folder / "shards")
+    return manifest, runs.shard_paths(folder / "shards")
+
+
+def _classes(best: str) -> list[calibration.HardwareClass]:
+    """Every set of instructions up to the CPU's best, on one thread and on two."""
+    known = CAPABILITIES[: CAPABILITIES.index(best) + 1]
+    kinds = itertools.product(known, (1, 2))
+    return [calibration.HardwareClass(f"{name} {threads}t", "cpu", threads, name) for name, threads in kinds]
+
+
+def _train_all(train: Callable[[calibration.Segment], bytes], batch: Sequence[calibration.Segment]) -> Trained:
+    began = time.perf_counter()
+    ends = [train(segment) for segment in batch]
+    return ends, time.perf_counter() - began
+
+
+def _later(first: State, task: Task, files: Sequence[Path], manifest: RunManifest) -> State:
+    """A state in which the adapters have moved: that after forty steps of one peer."""
+    plan = SegmentPlan.of(manifest.rounds, 0, first.digest, "somebody", 0)
+    end, _ = task.segment(Checkpoint(first.params), files, replace(plan, steps=40))
+    return replace(first, round=4, parent=first.digest, params=end.params)
+
+
+def _honest_row(claimed: str, again: str, comparisons: Sequence[Comparison], seconds: float) -> HonestRow:
+    tally = Counter(found.finding for found in comparisons)
+    counts = (tally[kind] for kind in ("same", "close", "unclear", "different"))
+    largest = max(found.error for found in comparisons)
+    return HonestRow(claimed, again, tally.total(), *counts, largest, tally["different"], seconds)
 
 
 # --- real peers -------------------------------------------------------------------------------------------------
@@ -482,7 +489,3 @@ def audit_seconds(events: Iterable[Event]) -> float:
 
 def _training_seconds(process: Process) -> float:
     return audit_seconds(process.events) + float(sum(event["seconds"] for event in process.seen("segment")))
-
-
-if __name__ == "__main__":
-    train_segments(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -14,10 +14,11 @@ from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
 from p2pasr.averaging.codec import Layout
+from p2pasr.canonical import settle
 from p2pasr.errors import LocalError, NonFiniteStep, P2pasrError, Reject, RemoteError, TransportError
 from p2pasr.having import fetch_shards, shard_path
 from p2pasr.peers.blobs import Kind
-from p2pasr.protocol.audits import Duty, draw_auditors, parts_to_reduce, segments_to_rerun
+from p2pasr.protocol.audits import Duty, draw_auditors, link_checker, link_checkers, parts_to_reduce, segments_to_rerun
 from p2pasr.protocol.encoding import MEBIBYTE, blob_digest
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import (
@@ -76,6 +77,7 @@ def offer(member: Member) -> None:
     offers, records = [], set()
     for number, trace in sorted(kept_traces(member).items()):
         packed = bytes.fromhex(trace["claim"])
+        fresh = number == member.state.round - 1
         record = member.journal.read_record(number)
         if record is not None:
             records.add(member.store.put("record", record, durable=False))
@@ -84,7 +86,8 @@ def offer(member: Member) -> None:
                 "claim": packed,
                 "checkpoints": [bytes.fromhex(digest) for digest in trace["checkpoints"]],
                 "delta": bytes.fromhex(trace["delta"]),
-                "drawn": _drawn(member, number, packed) if number == member.state.round - 1 else None,
+                "drawn": _drawn(member, number, packed) if fresh else None,
+                "link": _link_checker(member, number, packed) if fresh else None,
                 "record": None if record is None else blob_digest(record),
             }
         )
@@ -117,6 +120,15 @@ def _drawn(member: Member, number: int, claim: bytes) -> dict[str, list[int]]:
     return {auditor: [duty.item] for auditor, duty in duties.items()}
 
 
+def _link_checker(member: Member, number: int, claim: bytes) -> str | None:
+    """Who was drawn to compare the last checkpoint of this peer's claim with its delta, if anybody."""
+    record = record_of(member, number)
+    if record is None:
+        return None
+    members = [each.message.peer for each in record.members]
+    return link_checker(member.manifest.verify, record.after, unseal(claim, Claim), members, member.state.strikes)
+
+
 def check_last_round(member: Member) -> int:
     """Do what was drawn for this peer of the round before, once; returns how many segments were trained again."""
     offer(member)
@@ -126,19 +138,30 @@ def check_last_round(member: Member) -> int:
         return 0
     member.checked = record.after
     section = member.manifest.verify
+    segments = segments_to_rerun(section, record.after, record.members, member.peer, member.state.strikes)
+    parts = parts_to_reduce(section, record.after, record.receipts, member.peer)
+    checkers = link_checkers(section, record.after, record.members, member.state.strikes)
+    links = [claim for claim in record.members if checkers.get(claim.digest) == member.peer]
+    if not (segments or links or parts):
+        return 0
     findings: list[Finding] = []
     done = 0
-    for duty in segments_to_rerun(section, record.after, record.members, member.peer, member.state.strikes):
+    before = parse_state(member.store.get(record.before), member.manifest, member.like)
+    for duty in segments:
         if _is_settled(member, duty.peer):
             continue
         claim = next(each for each in record.members if each.digest == duty.statement)
         began = time.monotonic()
-        findings.append(tell(member, check_segment(member, claim, duty), "segment", began))
+        findings.append(tell(member, check_segment(member, before, claim, duty), "segment", began))
         done += 1
-    for duty in parts_to_reduce(section, record.after, record.receipts, member.peer):
+    for claim in links:
+        if not _is_settled(member, claim.message.peer):
+            began = time.monotonic()
+            findings.append(tell(member, check_link(member, before, claim), "link", began))
+    for duty in parts:
         if not _is_settled(member, duty.peer):
             began = time.monotonic()
-            findings.append(tell(member, check_part_of(member, record, duty), "part", began))
+            findings.append(tell(member, check_part_of(member, before, record, duty), "part", began))
     if findings:
         audit = Audit(member.state.run, member.peer, record.round, record.after, tuple(findings[:MAX_FINDINGS]))
         signed = seal(member.identity, audit)
@@ -176,17 +199,19 @@ def tell(member: Member, finding: Finding, what: str, began: float) -> Finding:
 # --- one check ------------------------------------------------------------------------------------
 
 
-def check_segment(member: Member, claim: Signed[Claim], duty: Duty) -> Finding:
+def check_segment(member: Member, before: State, claim: Signed[Claim], duty: Duty) -> Finding:
     """Train one segment of a claim again, and see that its last checkpoint gives its delta.
 
     The order is blind: we commit to our result before the claimed one is opened to us.
+
+    Args:
+        before: the state that the claim starts from.
     """
     member.step("audit", f"round {claim.message.round}: training segment {duty.item + 1} of {short(duty.peer)} again")
-    state = parse_state(member.store.get(claim.message.state), member.manifest, member.like)
     salt, result = os.urandom(32), NOTHING
     try:
         start = open_checkpoint(member, claim, duty.item - 1, None) if duty.item > 0 else None
-        rerun = train_again(member, claim.message, duty.item, state, None if start is None else start.data)
+        rerun = train_again(member, claim.message, duty.item, before, None if start is None else start.data)
         result = blob_digest(rerun)
         commitment = Commitment(member.state.run, member.peer, claim.digest, duty.item, commit_to(result, salt))
         sealed = seal(member.identity, commitment).pack()
@@ -195,7 +220,7 @@ def check_segment(member: Member, claim: Signed[Claim], duty: Duty) -> Finding:
         last = end if duty.item == last_index else open_checkpoint(member, claim, last_index, sealed)
     except (TransportError, RemoteError) as error:
         return unavailable(member, duty, error, result, salt)
-    return conclude_segment(member, claim, duty, Opened(start, end, last), rerun, salt)
+    return conclude_segment(member, before, claim, duty, Opened(start, end, last), rerun, salt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,27 +239,26 @@ class Opened:
 
 
 def conclude_segment(
-    member: Member, claim: Signed[Claim], duty: Duty, opened: Opened, rerun: bytes, salt: bytes
+    member: Member, before: State, claim: Signed[Claim], duty: Duty, opened: Opened, rerun: bytes, salt: bytes
 ) -> Finding:
     """What a re-run segment says about its claim; keeps the proof if it is one.
 
     Args:
+        before: the state that the claim starts from.
         rerun: the packed checkpoint at its end, trained here.
         salt: of the commitment to it.
     """
-    judge, before = judge_of(member), member.store.get(claim.message.state)
-    state = parse_state(before, member.manifest, member.like)
     start = None if opened.start is None else opened.start.data
-    found = compare_ends(state, start, opened.end.data, rerun, member.manifest)
+    found = compare_ends(before, start, opened.end.data, rerun, member.manifest)
+    if found.finding == "unclear":
+        found = settle(member, before, claim.message, duty.item, start, opened.end.data, rerun, found)
     kind = found.finding
     if kind == "different":
         ends = f"ends elsewhere (relative error {found.error:.2e})"
-        proof = SegmentProof(claim, duty.item, before, opened.start, opened.end)
+        proof = SegmentProof(claim, duty.item, before.blob, opened.start, opened.end)
         convict(member, proof, f"segment {duty.item + 1} of {short(duty.peer)}, trained again, {ends}")
-    elif delta_of(claim.message, state, opened.last.data, member.manifest) != (claim.message.delta_root, True):
+    elif breaks_link(member, before, claim, opened.last):
         kind = "different"
-        link = LinkProof(claim, before, opened.last)
-        convict(member, link, link.check(judge))
     error = min(found.error, MAX_ERROR)
     return Finding(duty.peer, duty.statement, duty.item, kind, error, blob_digest(rerun), salt)
 
@@ -254,16 +278,49 @@ def open_segment(member: Member, claim: Signed[Claim], segment: int, until: floa
     return Opened(opened.get(segment - 1), opened[segment], opened[claim.message.segments - 1])
 
 
-def check_opened(member: Member, claim: Signed[Claim], duty: Duty, opened: Opened) -> Finding:
-    """Train a segment again whose ends were opened before."""
+def check_opened(member: Member, before: State, claim: Signed[Claim], duty: Duty, opened: Opened) -> Finding:
+    """Train a segment again whose ends were opened before.
+
+    Args:
+        before: the state that the claim starts from.
+    """
     member.report.progress(f"round {claim.message.round}: segment {duty.item + 1} of {short(duty.peer)}", 0, 1)
-    state = parse_state(member.store.get(claim.message.state), member.manifest, member.like)
     try:
         start = None if opened.start is None else opened.start.data
-        rerun = train_again(member, claim.message, duty.item, state, start)
+        rerun = train_again(member, claim.message, duty.item, before, start)
     except (TransportError, RemoteError) as error:
         return unavailable(member, duty, error)
-    return conclude_segment(member, claim, duty, opened, rerun, NOTHING)
+    return conclude_segment(member, before, claim, duty, opened, rerun, NOTHING)
+
+
+def check_link(member: Member, before: State, claim: Signed[Claim]) -> Finding:
+    """See that the last checkpoint of a claim, of which nothing is trained again, gives its delta.
+
+    Args:
+        before: the state that the claim starts from.
+    """
+    author, index = claim.message.peer, claim.message.segments - 1
+    try:
+        last = open_checkpoint(member, claim, index, None)
+    except (TransportError, RemoteError) as error:
+        member.report.warn(f"the last checkpoint of {short(author)} could not be had: {error}")
+        return Finding(author, claim.digest, index, "unavailable", 0.0, NOTHING, NOTHING)
+    if breaks_link(member, before, claim, last):
+        return Finding(author, claim.digest, index, "different", MAX_ERROR, NOTHING, NOTHING)
+    return Finding(author, claim.digest, index, "same", 0.0, NOTHING, NOTHING)
+
+
+def breaks_link(member: Member, before: State, claim: Signed[Claim], last: Opening) -> bool:
+    """Whether a claim's last checkpoint gives another delta or norm than it states; keeps the proof if so.
+
+    Args:
+        before: the state that the claim starts from.
+    """
+    if delta_of(claim.message, before, last.data, member.manifest) == (claim.message.delta_root, True):
+        return False
+    link = LinkProof(claim, before.blob, last)
+    convict(member, link, link.check(judge_of(member)))
+    return True
 
 
 def unavailable(
@@ -286,6 +343,7 @@ def open_checkpoint(
     answer = member.link.call("open", OPEN_SECONDS, claim=claim.pack(), checkpoint=index, commitment=commitment)
     most = max_checkpoint_bytes(member.manifest)
     data = fetch(member, "checkpoint", answer["digest"], most, claim.message.peer, until)
+    member.opened += len(data)
     return Opening(data, tuple(answer["proof"]))
 
 
@@ -337,11 +395,14 @@ def train_segment(
     return end.pack()
 
 
-def check_part_of(member: Member, record: RoundRecord, duty: Duty) -> Finding:
-    """Reduce one part of a reducer's share again, bit for bit, from what its senders committed to."""
+def check_part_of(member: Member, before: State, record: RoundRecord, duty: Duty) -> Finding:
+    """Reduce one part of a reducer's share again, bit for bit, from what its senders committed to.
+
+    Args:
+        before: the state that the round starts from.
+    """
     receipt = next(each for each in record.receipts if each.digest == duty.statement)
     stated = next(part for part in receipt.message.parts if part.index == duty.item)
-    before = member.store.get(record.before)
     parts: dict[int, tuple[bytes, tuple[bytes, ...]]] = {}
     for position in stated.senders:
         claim = record.members[position]
@@ -354,12 +415,11 @@ def check_part_of(member: Member, record: RoundRecord, duty: Duty) -> Finding:
         except (TransportError, RemoteError) as error:
             member.report.warn(f"part {duty.item} of {short(claim.message.peer)} could not be had: {error}")
             return Finding(claim.message.peer, claim.digest, duty.item, "unavailable", 0.0, NOTHING, NOTHING)
-    state = parse_state(before, member.manifest, member.like)
     claims = [each.message for each in record.members]
-    result = reduce_again(claims, state, member.manifest, duty.item, {at: data for at, (data, _) in parts.items()})
+    result = reduce_again(claims, before, member.manifest, duty.item, {at: data for at, (data, _) in parts.items()})
     if result is not None and blob_digest(result) == stated.result:
         return Finding(duty.peer, duty.statement, duty.item, "same", 0.0, NOTHING, NOTHING)
-    proof = ReductionProof(receipt, record.members, before, duty.item, parts)
+    proof = ReductionProof(receipt, record.members, before.blob, duty.item, parts)
     convict(member, proof, proof.check(judge_of(member)))
     return Finding(duty.peer, duty.statement, duty.item, "different", MAX_ERROR, NOTHING, NOTHING)
 
@@ -383,7 +443,7 @@ def convict(member: Member, proof: Proof, sentence: str) -> None:
     """
     packed = pack_proof(proof)
     digest = member.store.put("proof", packed)
-    path = member.journal.prove(f"{member.state.round:08d}-{proof.kind}-{proof.accused}", packed)
+    path = member.journal.prove(f"{proof.round:08d}-{proof.kind}-{proof.accused}", packed)
     member.proved.add(proof.accused)
     member.charges[proof.accused] = Charge(proof.accused, digest, len(packed))
     charges = tuple(list(member.charges.values())[-MAX_AGAINST:])

@@ -1,7 +1,7 @@
 """How far honest re-runs lie from each other: the same segments, trained by different classes of hardware.
 
-From it follows `verify.close`. What else a run's limits must keep apart is measured beside it: the smallest
-cheat that audits are meant to see, a learning rate that is one part in twenty too high.
+From it follows `verify.close`. What else a run's limits must keep apart is measured beside it: the smallest cheats
+that audits are meant to see, a learning rate that is one part in twenty too high and a step that is skipped.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Final
@@ -31,6 +31,9 @@ ROOM: Final = 5.0
 """`far` and the smallest cheat must each be at least so many times `close`."""
 
 CONTROL: Final = "control: learning rate +5 %"
+SKIPPED: Final = "control: one step skipped"
+CONTROLS: Final = (CONTROL, SKIPPED)
+"""The cheats that are measured beside honest classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,13 @@ def train(task: Task, segment: Segment) -> bytes:
     return end.pack()
 
 
+def train_less(task: Task, segment: Segment) -> bytes:
+    """The same by a peer that skips the segment's last step and says nothing of it."""
+    fewer = replace(segment, plan=replace(segment.plan, steps=segment.plan.steps - 1))
+    end = Checkpoint.unpack(train(task, fewer))
+    return replace(end, step=end.step + 1).pack()
+
+
 def errors_of(segment: Segment, rerun: bytes) -> dict[str, float]:
     """Group of arrays → relative error of a re-run."""
     begin, end, again = (checkpoint_groups(data)[0] for data in (segment.begin, segment.end, rerun))
@@ -160,30 +170,34 @@ class Verdict:
 
     Attributes:
         close: what `verify.close` should be; None where all classes gave the same bits.
-        cheat: the smallest error of the control.
+        cheat: the smallest error of a control.
+        cheat_name: which one's.
+        most_far: the most that `verify.far` may be, below which no part of a cheat can hide.
         refused: classes whose errors leave too little room below `far` and the control.
     """
 
     close: float | None
     cheat: float
+    cheat_name: str
+    most_far: float
     refused: tuple[str, ...]
 
 
 def judge(measured: Sequence[Measured], far: float) -> Verdict:
-    """Propose `verify.close` from honest errors and those of the control.
+    """Propose `verify.close` from honest errors and those of the controls.
 
     Args:
         far: the manifest's `verify.far`.
     """
-    cheat = min(max(item.errors.values()) for item in measured if item.name == CONTROL)
+    cheat, cheat_name = min((max(item.errors.values()), item.name) for item in measured if item.name in CONTROLS)
     worst: dict[str, float] = {}
     for item in measured:
-        if item.name != CONTROL:
+        if item.name not in CONTROLS:
             worst[item.name] = max(worst.get(item.name, 0.0), *item.errors.values())
     limit = min(far, cheat) / ROOM
     refused = tuple(name for name, error in worst.items() if MARGIN * error > limit)
     largest = max((error for name, error in worst.items() if name not in refused), default=0.0)
-    return Verdict(MARGIN * largest or None, cheat, refused)
+    return Verdict(MARGIN * largest or None, cheat, cheat_name.removeprefix("control: "), cheat / ROOM, refused)
 
 
 _task: Task

@@ -22,7 +22,7 @@ from p2pasr.protocol.cohorts import cohort_of
 from p2pasr.protocol.messages import Attestation, Claim, Finding, Signed
 from p2pasr.protocol.rules import RoundView
 from p2pasr.protocol.signing import short
-from p2pasr.protocol.state import mix_due
+from p2pasr.protocol.state import State, mix_due
 from p2pasr.protocol.strikes import suspended
 from p2pasr.round import Member, attestations_around
 from p2pasr.verify.record import MAX_RECORD_BYTES, RoundRecord, check_record
@@ -125,7 +125,7 @@ def check_round(member: Member, line: Line, number: int, rate: float) -> Iterato
     Everything is fetched first, for its authors may delete it while a segment is trained.
     """
     try:
-        record = find_record(member, line, number)
+        before, record = find_record(member, line, number)
     except TransportError as error:
         member.report.warn(f"round {number} cannot be checked: {error}")
         return
@@ -133,7 +133,7 @@ def check_round(member: Member, line: Line, number: int, rate: float) -> Iterato
         for part in receipt.message.parts:
             if CHANCE.random() < rate:
                 duty = Duty(receipt.message.peer, receipt.digest, part.index)
-                yield Look(number, "part", check_part_of(member, record, duty))
+                yield Look(number, "part", check_part_of(member, before, record, duty))
     drawn: list[tuple[Signed[Claim], Duty, Opened]] = []
     for claim in record.members:
         for segment in range(claim.message.segments):
@@ -144,13 +144,11 @@ def check_round(member: Member, line: Line, number: int, rate: float) -> Iterato
                 except (TransportError, RemoteError) as error:
                     yield Look(number, "segment", unavailable(member, duty, error))
     for claim, duty, opened in drawn:
-        yield Look(number, "segment", check_opened(member, claim, duty, opened))
+        yield Look(number, "segment", check_opened(member, before, claim, duty, opened))
 
 
-def find_record(member: Member, line: Line, number: int) -> RoundRecord:
-    """The record of a round, from whoever of those who attest its outcome gives one that holds.
-
-    The state before the round is in the store afterwards.
+def find_record(member: Member, line: Line, number: int) -> tuple[State, RoundRecord]:
+    """The state before a round, and its record from whoever of those who attest its outcome gives one that holds.
 
     Raises:
         TransportError: nobody gives one, or the round mixed cohorts.
@@ -173,5 +171,5 @@ def find_record(member: Member, line: Line, number: int) -> RoundRecord:
             member.report.warn(f"the record that {short(peer)} gives of round {number} does not hold: {error}")
             continue
         if record.after == line.states[number + 1]:
-            return record
+            return state, record
     raise TransportError(f"none of {len(line.peers)} peers gives the record of round {number}")

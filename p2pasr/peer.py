@@ -180,6 +180,7 @@ class Peer:
             like=like,
             state=state,
             client_mode=options.client_mode,
+            model=options.model,
         )
         if head is None:
             hold(self.member, state)

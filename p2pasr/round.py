@@ -131,6 +131,9 @@ class Member:
         asked: digest of the state of whose round it has asked again for what others could not have.
         heard: digests of the proofs that it has looked at.
         distrusted: peers that accused somebody without proof.
+        model: a local folder to load a pretrained base from, in place of the one that the manifest names.
+        settles: whether segments in the grey zone are trained again in the canonical class; not when one took too long.
+        opened: bytes of others' checkpoints that it was given to check, since it started.
         whole: shards whose bytes this process has compared with their digests.
         traffic: bytes sent and received, and connections open, when last counted.
     """
@@ -146,6 +149,7 @@ class Member:
     like: Tensors
     state: State
     client_mode: bool = False
+    model: str | None = None
     lineage: tuple[bytes, ...] = field(default=(), init=False)
     attested: Signed[Attestation] | None = None
     attested_in: Cohort = EVERYBODY
@@ -160,6 +164,8 @@ class Member:
     asked: bytes = b""
     heard: set[bytes] = field(default_factory=set)
     distrusted: set[str] = field(default_factory=set)
+    settles: bool = True
+    opened: int = 0
     whole: set[bytes] = field(default_factory=set)
     traffic: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("bytes_sent", "bytes_received", "connections"), 0)
@@ -1362,5 +1368,6 @@ def settle(member: Member, result: Averaged) -> None:
         struck=fresh,
         epoch=after.epoch,
         work=after.work,
+        bytes_opened=member.opened,
         **member.traffic,
     )

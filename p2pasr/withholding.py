@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from p2pasr.auditing import OPEN_SECONDS, check_opened, check_part_of, note_strike, open_segment, record_of, tell
 from p2pasr.errors import RemoteError, TransportError
-from p2pasr.protocol.audits import Duty, draw_auditors, parts_to_reduce
+from p2pasr.protocol.audits import Duty, draw_auditors, link_checker, parts_to_reduce
 from p2pasr.protocol.messages import Claim, Signed
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, parse_state
@@ -121,6 +121,8 @@ def _drawn(
         return
     claim = record.members[position]
     duty = draw_auditors(section, record.after, claim, members, after.strikes).get(auditor)
+    if duty is None and link_checker(section, record.after, claim, members, after.strikes) == auditor:
+        duty = Duty(claim.message.peer, statement, claim.message.segments - 1)
     if duty is not None and duty.item == item:
         yield Doubt(claim, duty, auditor, None)
     senders = {(r.digest, part.index): part.senders for r in record.receipts for part in r.message.parts}
@@ -146,12 +148,13 @@ def _try(member: Member, record: RoundRecord, doubt: Doubt, retries_end: float, 
             time.sleep(PAUSE_SECONDS)
     if doubt.auditor != member.peer and CHANCE.random() >= SECOND_AUDITORS / len(record.members):
         return 0
-    if doubt.index is not None:
-        tell(member, check_part_of(member, record, duty), "part", began)
-        return 0
     if member.store.find(claim.message.state) is None:
         return 0
-    tell(member, check_opened(member, claim, duty, opened), "segment", began)
+    before = parse_state(member.store.get(claim.message.state), member.manifest, member.like)
+    if doubt.index is not None:
+        tell(member, check_part_of(member, before, record, duty), "part", began)
+        return 0
+    tell(member, check_opened(member, before, claim, duty, opened), "segment", began)
     return 1
 
 

@@ -33,7 +33,7 @@ def calibrate(
 
     Trains the same segments in all classes that this machine can play, from the run's first state and, if a peer's
     folder has one, from its newest, and proposes `verify.close`. Refuses classes that differ so much that a small
-    cheat could hide among them.
+    cheat could hide among them, and a `verify.far` that is more than a fifth of such a cheat.
     """
     from p2pasr import calibration, runs
     from p2pasr.report import progress_bar
@@ -46,7 +46,8 @@ def calibrate(
     own, *others = calibration.classes_here(device)
     measured: list[Measured] = []
     references = []
-    total = segments * (repeats + len(others) + 1)
+    controls = 2 if manifest.rounds.steps_per_segment > 1 else 1
+    total = segments * (repeats + len(others) + controls)
     with progress_bar("training") as on_progress:
         for segment in calibration.reference_segments(manifest, task, states, files, segments):
             references.append(segment)
@@ -61,12 +62,20 @@ def calibrate(
             for _ in range(repeats - 1):
                 compare(own.name, segment, calibration.train(task, segment))
             compare(calibration.CONTROL, segment, calibration.train(cheat, segment))
+            if controls > 1:
+                compare(calibration.SKIPPED, segment, calibration.train_less(task, segment))
         for hardware in others:
             with calibration.trainer(manifest, hardware, model) as train:
                 for segment in references:
                     compare(hardware.name, segment, train(segment))
     verdict = calibration.judge(measured, manifest.verify.far)
     _show(manifest, task.hardware_class, measured, verdict, as_json)
+    if manifest.verify.far > verdict.most_far:
+        raise LocalError(
+            f"verify.far ({manifest.verify.far:g}) is more than a fifth of what the smallest cheat differs by "
+            f"({verdict.cheat:.1e}, {verdict.cheat_name}), so that it could hide; make the run again with "
+            f"{0.95 * verdict.most_far:.1e} or less"
+        )
     if verdict.refused:
         raise LocalError(
             f"three times the error of {' and of '.join(verdict.refused)} is more than a fifth of verify.far "
@@ -105,6 +114,7 @@ def _show(manifest: RunManifest, hardware: str, measured: list[Measured], verdic
             "errors": rows,
             "close": verdict.close,
             "smallest_cheat": verdict.cheat,
+            "most_far": verdict.most_far,
             "refused": list(verdict.refused),
         }
         typer.echo(json.dumps(found, indent=1))
@@ -120,4 +130,4 @@ def _show(manifest: RunManifest, hardware: str, measured: list[Measured], verdic
         console.print(f"all classes gave the same bits: verify.close ({manifest.verify.close:g}) can stay")
     else:
         console.print(f"verify: {{close: {verdict.close:.1e}}}  # three times the largest honest error")
-    console.print(f"the smallest cheat measured, a learning rate 5 % too high, differs by {verdict.cheat:.1e}")
+    console.print(f"the smallest cheat measured, {verdict.cheat_name}, differs by {verdict.cheat:.1e}")

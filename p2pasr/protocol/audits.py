@@ -18,7 +18,8 @@ class Duty:
     Attributes:
         peer: whose work is checked.
         statement: digest of its claim, or of its receipt.
-        item: the segment that is trained again, or the part that is reduced again.
+        item: the segment that is trained again, the one whose end is compared with the delta, or the part that is
+            reduced again.
     """
 
     peer: str
@@ -65,6 +66,38 @@ def segments_to_rerun(
     members = [claim.message.peer for claim in claims]
     drawn = (draw_auditors(section, after, claim, members, strikes) for claim in claims)
     return tuple(duties[auditor] for duties in drawn if auditor in duties)
+
+
+def link_checker(
+    section: VerifySection,
+    after: bytes,
+    claim: Signed[Claim],
+    members: Iterable[str],
+    strikes: Mapping[str, Strike],
+) -> str | None:
+    """Who compares a claim's last checkpoint with its delta and its norm, if anybody.
+
+    Each claim has another member for that, drawn at the section's rate, unless a segment of it is trained again: its
+    auditor makes the comparison then, and the last checkpoint may be what it must not see before it commits to its own.
+
+    Args:
+        after, members, strikes: as for :func:`draw_auditors`.
+    """
+    others = [peer for peer in members if peer != claim.message.peer]
+    if not others or _fraction(_draw("checked-link", after, claim.digest, "")) >= section.links:
+        return None
+    if draw_auditors(section, after, claim, others, strikes):
+        return None
+    return min(others, key=lambda peer: _draw("link-checker", after, claim.digest, peer))
+
+
+def link_checkers(
+    section: VerifySection, after: bytes, claims: Sequence[Signed[Claim]], strikes: Mapping[str, Strike]
+) -> dict[bytes, str]:
+    """Digest of a claim → who checks its last link, for those that somebody does; see :func:`link_checker`."""
+    members = [claim.message.peer for claim in claims]
+    drawn = {claim.digest: link_checker(section, after, claim, members, strikes) for claim in claims}
+    return {statement: checker for statement, checker in drawn.items() if checker is not None}
 
 
 def parts_to_reduce(

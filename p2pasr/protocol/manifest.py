@@ -168,9 +168,12 @@ class VerifySection(_Section):
     """Members of a round that may be drawn to audit each of its claims."""
     parts: Annotated[int, Field(ge=0, le=64)] = 1
     """Parts of each reducer's share that its auditors reduce again, bit for bit."""
+    links: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the other claims whose last checkpoint one member compares with the delta. Each costs its transfer:
+    twelve bytes a trained value, so that runs of large models lower it."""
     close: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     """A re-run on other hardware whose relative error is at most this is taken for the same."""
-    far: Annotated[float, Field(gt=0, lt=1)] = 1e-2
+    far: Annotated[float, Field(gt=0, lt=1)] = 5e-3
     """From this error on it is proof of cheating; between the two nobody can tell, and nobody is blamed."""
     strikes: Annotated[int, Field(ge=0, le=64)] = 2
     """Strikes, for withholding and false accusations, from which on a peer is suspended. 0 switches strikes off."""

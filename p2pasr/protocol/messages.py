@@ -220,7 +220,7 @@ class Finding:
     Attributes:
         peer: whose work was checked.
         statement: digest of its claim or receipt.
-        item: the segment or the part.
+        item: the segment, of a last checkpoint the last one, or the part.
         finding: `same` bits, `close` enough for other hardware, `unclear`, `different` (a proof exists), or
             `unavailable`: what it committed to was not to be had.
         error: relative error of a re-run.

@@ -76,6 +76,10 @@ class Proof(Protocol):
     def accused(self) -> str:
         """Who signed what is disproved."""
 
+    @property
+    def round(self) -> int:
+        """The round that it is about."""
+
     def body(self) -> dict[str, Any]:
         """Its parts as they are packed."""
 
@@ -100,6 +104,11 @@ class ConflictProof:
     def accused(self) -> str:
         """See :class:`Proof`."""
         return self.conflict.peer
+
+    @property
+    def round(self) -> int:
+        """See :class:`Proof`."""
+        return int(self.conflict.first.message.round)
 
     def body(self) -> dict[str, Any]:
         """See :class:`Proof`."""
@@ -156,6 +165,11 @@ class LinkProof:
     def accused(self) -> str:
         """See :class:`Proof`."""
         return self.claim.message.peer
+
+    @property
+    def round(self) -> int:
+        """See :class:`Proof`."""
+        return self.claim.message.round
 
     def body(self) -> dict[str, Any]:
         """See :class:`Proof`."""
@@ -217,6 +231,11 @@ class ReductionProof:
     def accused(self) -> str:
         """See :class:`Proof`."""
         return self.receipt.message.peer
+
+    @property
+    def round(self) -> int:
+        """See :class:`Proof`."""
+        return self.receipt.message.round
 
     def body(self) -> dict[str, Any]:
         """See :class:`Proof`."""
@@ -297,6 +316,11 @@ class SegmentProof:
     def accused(self) -> str:
         """See :class:`Proof`."""
         return self.claim.message.peer
+
+    @property
+    def round(self) -> int:
+        """See :class:`Proof`."""
+        return self.claim.message.round
 
     def body(self) -> dict[str, Any]:
         """See :class:`Proof`."""

@@ -5,6 +5,7 @@ A claim holds roots only. Its author keeps the digests beneath them and opens th
 * the checkpoint before a drawn segment, to its auditor;
 * the checkpoint after it, and the last one, against the auditor's signed commitment to its own
   result, so that nobody can hand in the claimed result as a re-run;
+* of a claim without auditor, the last checkpoint to the member that was drawn to compare it with the delta;
 * parts of the delta with their way to the root, to any member, for those were sent to reducers anyway;
 * everything, to anybody, from the next round on, when the drawn auditors have committed;
 * the record of the claim's round, to anybody, so that strangers learn whose claims and receipts there are.
@@ -46,6 +47,7 @@ class Offer:
         checkpoints: digests of its trace.
         delta: digest of the encoded delta.
         drawn: auditor → the segments drawn for it; None when everything is open to everybody.
+        link: who may see the last checkpoint although no segment was drawn for it, if anybody.
         record: digest of the packed record of its round; None where this peer has none.
     """
 
@@ -53,6 +55,7 @@ class Offer:
     checkpoints: tuple[bytes, ...]
     delta: bytes
     drawn: dict[str, tuple[int, ...]] | None
+    link: str | None
     record: bytes | None
 
 
@@ -78,12 +81,12 @@ class Openings:
 
         Args:
             args: offers, of each: claim (packed), checkpoints, delta (digests), drawn (auditor → segments, or None),
-                record (digest, or None).
+                link (peer, or None), record (digest, or None).
         """
         offers = {}
         for each in args["offers"]:
-            claim, drawn = unseal(each["claim"], Claim), each["drawn"]
-            offer = Offer(claim, tuple(each["checkpoints"]), each["delta"], drawn, each["record"])
+            claim, drawn, link = unseal(each["claim"], Claim), each["drawn"], each["link"]
+            offer = Offer(claim, tuple(each["checkpoints"]), each["delta"], drawn, link, each["record"])
             offers[claim.digest] = offer
         async with self._offered:
             self._offers.clear()
@@ -192,6 +195,8 @@ class Openings:
         if commitment is None and index + 1 in drawn and index not in drawn:  # where a drawn segment starts
             return
         last = len(offer.checkpoints) - 1
+        if peer == offer.link and index == last:
+            return
         if not drawn or index not in (*drawn, last):
             raise TransportError("it is opened when the next round is over")
         if not isinstance(commitment, bytes):

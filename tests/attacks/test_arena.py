@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from p2pasr import auditing, withholding
 from p2pasr import round as story
-from p2pasr import withholding
 from p2pasr.auditing import convict
 from p2pasr.errors import Ignore, LocalError, P2pasrError, Reject, TransportError
+from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.messages import Accusation, Audit, Charge, Finding, seal
 from p2pasr.protocol.rules import check_claim
+from p2pasr.protocol.state import State, parse_state
 from p2pasr.verify import evidence, openings
 from p2pasr.verify.compare import Comparison
 from p2pasr.verify.conflict import Conflict
@@ -32,7 +35,7 @@ from tests.unit.builders import make_identity
 
 CHEAT = 0
 PEERS = 4
-OFF = {"verify": {"rate": 0.0, "parts": 0}}
+OFF = {"verify": {"rate": 0.0, "links": 0.0, "parts": 0}}
 
 CAUGHT_AT_ONCE: dict[str, Attack] = {
     "zero delta": trains(adversary.nothing_at_all),
@@ -122,6 +125,30 @@ def test_without_audits_a_wrong_code_of_a_reducer_is_everybodys_state(arena: Mak
     assert not np.array_equal(honest.state.params["weights"], bent.state.params["weights"])
 
 
+@pytest.mark.parametrize("name", ["noise", "sign flip", "scaled by 1.05"])
+def test_a_delta_of_something_else_is_found_in_its_round_although_nothing_is_trained_again(
+    arena: MakeArena, name: str
+) -> None:
+    swarm = arena({CHEAT: CAUGHT_AT_ONCE[name]}, verify={"rate": 0.0})
+    assert swarm.rounds_to_ban(CHEAT, 2) == 2
+    assert {proof.kind for proof in swarm.proofs()} == {"link"}
+    check_proofs(swarm, {CHEAT})
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_every_claim_is_checked_by_one_other_member_in_every_round_whatever_is_drawn(
+    arena: MakeArena, rate: float
+) -> None:
+    swarm = arena(verify={"rate": rate})
+    swarm.play(5)
+    found = [(p.peer, event) for p in swarm.players for event in p.member.report.seen("audit")]
+    links = [(checker, event["peer"]) for checker, event in found if event["what"] in ("segment", "link")]
+    assert Counter(author for _, author in links) == dict.fromkeys((p.peer for p in swarm.players), 4)
+    assert all(checker != author for checker, author in links)
+    assert {event["finding"] for _, event in found} == {"same"}
+    assert sum(p.member.opened for p in swarm.players) > 0
+
+
 def test_what_another_peer_trained_is_no_work_of_ones_own(arena: MakeArena) -> None:
     swarm = arena({CHEAT: trains(adversary.Copycat())})
     swarm.play(3)  # in its first segment it has nothing to copy yet
@@ -206,6 +233,20 @@ def test_a_complete_proof_of_an_honest_segment_is_trained_again_and_refused(aren
         with pytest.raises(Reject, match="the segment, trained again, is same"):
             verdict(swarm.manifest, TinyTask(), swarm.shards, pack_proof(proof))
     assert swarm.banned == set()
+
+
+def test_the_state_before_a_round_is_read_once_whatever_is_checked_of_it(
+    arena: MakeArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[bytes] = []
+
+    def parse(blob: bytes, *rest: Any) -> State:
+        read.append(blob_digest(blob))
+        return parse_state(blob, *rest)
+
+    monkeypatch.setattr(auditing, "parse_state", parse)
+    arena().play(3)
+    assert sorted(Counter(read).values()) == [PEERS, PEERS]
 
 
 def test_whoever_was_heard_once_without_proof_is_not_heard_again(arena: MakeArena) -> None:
@@ -417,7 +458,7 @@ def test_who_is_called_unavailable_by_a_peer_that_was_not_drawn_is_asked_nothing
 
 
 def test_a_drift_below_the_limit_stays_and_does_little(arena: MakeArena) -> None:
-    swarm = arena({CHEAT: trains(adversary.drifting(0.009))})
+    swarm = arena({CHEAT: trains(adversary.drifting(0.0045))})
     loss, honest = losses_of(swarm, 8), losses_of(arena(), 8)
     assert swarm.banned == set()
     assert loss < 1.05 * honest

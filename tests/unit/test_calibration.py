@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pasr.calibration import (
     CONTROL,
+    SKIPPED,
     HardwareClass,
     Measured,
     control_task,
@@ -18,6 +22,7 @@ from p2pasr.calibration import (
     judge,
     reference_segments,
     train,
+    train_less,
     trainer,
 )
 from p2pasr.errors import LocalError
@@ -49,6 +54,22 @@ def test_the_same_training_again_has_no_error_and_another_rate_has_its_own() -> 
     assert errors == pytest.approx({"param": 0.05, "moment exp_avg": 0.0}, rel=1e-3)
 
 
+def test_who_skips_a_step_says_nothing_of_it() -> None:
+    class Counting(ToyTask):
+        def segment(self, start: Checkpoint, shards: Any, plan: Any, on_step: Any = None) -> Any:
+            end, report = super().segment(start, shards, plan)
+            params = {name: value + np.float32(plan.steps) for name, value in start.params.items()}
+            return replace(end, params=params), report
+
+    (segment,) = reference_segments(MANIFEST, Counting(), [make_state(MANIFEST)], FILES, 1)
+    begin, end, less = (
+        Checkpoint.unpack(data) for data in (segment.begin, segment.end, train_less(Counting(), segment))
+    )
+    assert less.step == end.step
+    for name, value in begin.params.items():
+        assert less.params[name] == pytest.approx(value + MANIFEST.rounds.steps_per_segment - 1)
+
+
 def measured(cheat: float, **honest: float) -> list[Measured]:
     control = [
         Measured(CONTROL, "round 0", {"param": cheat, "moment first": 0.0}),
@@ -63,6 +84,15 @@ def test_the_limit_is_three_times_the_largest_error_of_the_classes_that_are_acce
     verdict = judge(measured(0.05, own=0.0, plain=1e-5, threads=2e-5), far=0.01)
     assert verdict.close == pytest.approx(6e-5)
     assert (verdict.cheat, verdict.refused) == (0.05, ())
+
+
+@pytest.mark.parametrize(
+    ("skipped", "cheat", "name"), [(0.08, 0.05, "learning rate +5 %"), (0.01, 0.01, "one step skipped")]
+)
+def test_far_may_be_a_fifth_of_the_smallest_cheat(skipped: float, cheat: float, name: str) -> None:
+    less = Measured(SKIPPED, "round 0", {"param": skipped, "moment first": skipped / 2})
+    verdict = judge([*measured(0.05, own=0.0), less], far=0.01)
+    assert (verdict.cheat, verdict.cheat_name, verdict.most_far) == (cheat, name, pytest.approx(cheat / 5))
 
 
 @pytest.mark.parametrize(("cheat", "far"), [(0.05, 0.001), (0.001, 0.05)])

@@ -399,7 +399,7 @@ def test_a_calibration_trains_in_other_classes_and_proposes_a_limit(
         "calibrate", "--run", tmp_path / "run.json", "--shards", shards, "--segments", "2", "--json"
     )  # fmt: skip
     found = json.loads(result.out)
-    assert {row["class"] for row in found["errors"]} == {"own", "plain", calibration.CONTROL}
+    assert {row["class"] for row in found["errors"]} == {"own", "plain", *calibration.CONTROLS}
     assert all(row["error"] == 0.0 for row in found["errors"] if row["class"] == "own")
     assert found["smallest_cheat"] > 0.01
     largest = max(row["error"] for row in found["errors"] if row["class"] == "plain")
@@ -409,3 +409,17 @@ def test_a_calibration_trains_in_other_classes_and_proposes_a_limit(
     else:
         assert (result.code, found["close"]) == (0, pytest.approx(3 * largest))
     assert {row["group"] for row in found["errors"]} == {"param", "moment exp_avg", "moment exp_avg_sq"}
+
+
+def test_a_calibration_refuses_a_limit_in_which_a_small_cheat_could_hide(
+    verify: Command, small: RunManifest, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from p2pasr import calibration
+
+    monkeypatch.setattr(calibration, "classes_here", lambda _device: [calibration.HardwareClass("own", "cpu")])
+    for far, refused in ((0.04, True), (0.005, False)):
+        run = small.model_copy(update={"verify": small.verify.model_copy(update={"far": far})})
+        run.write(tmp_path / "run.json")
+        result = verify("calibrate", "--run", tmp_path / "run.json", "--shards", shards, "--segments", "1")
+        assert ("verify.far (0.04) is more than a fifth of what the smallest cheat differs by" in result.err) == refused
+        assert result.code == (1 if refused else 0)

@@ -20,7 +20,7 @@ from p2pasr.peers.journal import Journal
 from p2pasr.peers.records import Records
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.messages import Claim, seal, unseal
-from p2pasr.protocol.state import advance
+from p2pasr.protocol.state import State, advance
 from p2pasr.report import Report
 from p2pasr.round import Member
 from p2pasr.tasks import Checkpoint
@@ -146,14 +146,16 @@ def _record(works: list[Trained], wrong: int | None) -> RoundRecord:
 def watching(store: BlobStore, journal: Journal) -> Iterator[Callable[..., Any]]:
     """Look at one round of a swarm; returns the swarm, the looks and the proofs."""
 
-    def look(rate: float = 1.0, change: Callable[[Swarm], None] = lambda _swarm: None, **lies: int) -> Any:
+    def look(
+        rate: float = 1.0, change: Callable[[Swarm], None] = lambda _swarm: None, held: State = STATE, **lies: int
+    ) -> Any:
         swarm = Swarm(store, **lies)
         change(swarm)
         link: Any = swarm
         task: Any = ToyTask()
         records = Records(link, WATCHER, STATE.run, lambda _sentence: None)
         report = Report("json")
-        member = Member(MANIFEST, WATCHER, task, link, store, journal, records, report, STATE.params, STATE)
+        member = Member(MANIFEST, WATCHER, task, link, store, journal, records, report, STATE.params, held)
         line = Line(1, {0: STATE.digest, 1: swarm.record.after}, tuple(who.peer for who in PEERS))
         looks = list(check_round(member, line, 0, rate))
         return swarm, looks, [unpack_proof(path.read_bytes()) for path in Journal.read_proofs(journal.folder)]
@@ -184,6 +186,15 @@ def test_a_made_up_segment_is_found_and_proved(watching: Callable[..., Any]) -> 
     assert (proof.kind, proof.accused) == ("segment", PEERS[1].peer)
     assert proof.check(JUDGE)
     assert swarm.announced == ["accusation"]
+
+
+@pytest.mark.parametrize("lie", ["lazy", "lie", "wrong"])
+def test_a_proof_is_named_after_the_round_that_it_is_about(
+    watching: Callable[..., Any], journal: Journal, lie: str
+) -> None:
+    watching(held=dataclasses.replace(STATE, round=7), **{lie: 1})
+    (path,) = Journal.read_proofs(journal.folder)
+    assert path.name.startswith(f"{STATE.round:08d}-")
 
 
 def test_a_delta_of_something_else_is_found_and_proved(watching: Callable[..., Any]) -> None:

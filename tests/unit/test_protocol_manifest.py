@@ -304,8 +304,8 @@ def test_every_value_of_a_manifest_enters_its_name() -> None:
             other: Any = digest_of(f"{path}").hex()
         elif isinstance(value, str):
             other = others.get(value, value + "x")
-        elif path[-1] in ("momentum", "beta2", "epsilon", "trim", "hostile", "rate", "close", "far"):
-            other = value / 2
+        elif path[-1] in ("momentum", "beta2", "epsilon", "trim", "hostile", "rate", "links", "close", "far"):
+            other = 0.75 * value
         elif path[-1] == "max_group":
             other = value - 1
         elif path[-1] in ("block", "part_values"):

@@ -34,13 +34,15 @@ class World:
     def __init__(self, author: Host, auditor: Host, stranger: Host) -> None:
         self.author, self.auditor, self.stranger = author, auditor, stranger
 
-    async def offer(self, drawn: dict[str, list[int]] | None, record: bytes | None = None) -> None:
+    async def offer(
+        self, drawn: dict[str, list[int]] | None, record: bytes | None = None, link: str | None = None
+    ) -> None:
         """What the author's training process says after the round."""
         delta = self.author.store.put("delta", WORK.delta)
         checkpoints = [self.author.store.put("checkpoint", data) for data in WORK.checkpoints]
         packed = WORK.claim.pack()
-        offer = {"claim": packed, "checkpoints": checkpoints, "delta": delta, "drawn": drawn, "record": record}
-        await self.author.calls["offer"]({"offers": [offer]})
+        offer = {"claim": packed, "checkpoints": checkpoints, "delta": delta, "record": record}
+        await self.author.calls["offer"]({"offers": [{**offer, "drawn": drawn, "link": link}]})
 
 
 def within(folder: Path, story: Callable[[World], Awaitable[None]]) -> None:
@@ -163,6 +165,17 @@ def test_others_wait_until_the_next_round_is_over(tmp_path: Path, index: int) ->
             await refused(opened(world.stranger, index, sealed), TransportError, "when the next round is over")
         await world.offer(None)
         assert await opened(world.stranger, index) == digest_at(index)
+
+    within(tmp_path, story)
+
+
+def test_who_compares_the_last_checkpoint_with_the_delta_sees_it_at_once_and_no_other(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.offer({}, link=STRANGER.peer)
+        assert await opened(world.stranger, 3) == digest_at(3)
+        for index in range(3):
+            await refused(opened(world.stranger, index), TransportError, "when the next round is over")
+        await refused(opened(world.auditor, 3), TransportError, "when the next round is over")
 
     within(tmp_path, story)
 
