@@ -192,7 +192,7 @@ def find_record(member: Member, line: Line, number: int) -> RoundRecord:
         raise TransportError("cohorts were mixed in it, and nothing was trained")
     cohort = cohort_of(state.run, line.peers[0], state.bits)
     ledger = state.covered, state.credit, state.bans
-    view = RoundView(member.manifest, state.run, state.round, state.digest, *ledger, cohort)
+    view = RoundView(member.manifest, state.run, state.round, state.digest, *ledger, cohort, state.guests)
     for peer in line.peers:
         try:
             named = member.link.call("record", ASK_SECONDS, peer=peer, round=number)["digest"]

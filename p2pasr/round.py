@@ -34,7 +34,8 @@ from p2pasr.peers.journal import Journal, Pending
 from p2pasr.peers.link import Link
 from p2pasr.peers.records import Records
 from p2pasr.peers.streams import patience
-from p2pasr.protocol import mixing
+from p2pasr.protocol import admission, mixing
+from p2pasr.protocol.admission import is_admitted, read_invite
 from p2pasr.protocol.agreement import Agreement, quorum, result_of
 from p2pasr.protocol.cohorts import EVERYBODY, MAX_BITS, Cohort, cohort_of
 from p2pasr.protocol.encoding import blob_digest
@@ -43,6 +44,7 @@ from p2pasr.protocol.messages import (
     MAX_AGAINST,
     MAX_ANCESTORS,
     MAX_RECEIPT_BYTES,
+    NO_TICKET,
     Attestation,
     Charge,
     Claim,
@@ -51,6 +53,7 @@ from p2pasr.protocol.messages import (
     Roster,
     Signed,
     Stage,
+    Ticket,
     seal,
     unseal,
 )
@@ -126,6 +129,7 @@ class Member:
         distrusted: peers that accused somebody without proof.
         whole: shards whose bytes this process has compared with their digests.
         traffic: bytes sent and received, and connections open, when last counted.
+        ticket: what this peer shows to be admitted.
     """
 
     manifest: RunManifest
@@ -155,6 +159,7 @@ class Member:
     traffic: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("bytes_sent", "bytes_received", "connections"), 0)
     )
+    ticket: Ticket = NO_TICKET
 
     def __post_init__(self) -> None:
         self.lineage = self.line_to(self.state)
@@ -192,8 +197,20 @@ class Member:
     def in_our_round(self, roster: Mapping[str, Roster]) -> dict[str, Roster]:
         """Those of a roster who work on the same round from the same state."""
         ours = (self.state.round, self.state.digest)
-        present = {p: entry for p, entry in roster.items() if p not in self.state.bans and self.manifest.admits(p)}
-        return {peer: entry for peer, entry in present.items() if (entry.round, entry.state) == ours}
+        here = {peer: entry for peer, entry in roster.items() if (entry.round, entry.state) == ours}
+        return {peer: entry for peer, entry in here.items() if self.admits(entry)}
+
+    def admits(self, record: Roster | Mix) -> bool:
+        """Whether the author of a record takes part, as far as this peer knows."""
+        return is_admitted(record.peer, record.ticket, self.manifest, self.view)
+
+    @property
+    def believed(self) -> RoundView:
+        """What attestations are judged against: the state, and who invited this peer as long as it holds the first."""
+        if self.state.round > 0 or not self.ticket.invite:
+            return self.view
+        inviter = read_invite(self.ticket.invite, self.state.run, self.peer).peer
+        return replace(self.view, guests={**self.state.guests, inviter: inviter})
 
     def say(self, stage: Stage, segments: int = 0) -> None:
         """Tell the others what this peer does now."""
@@ -201,6 +218,7 @@ class Member:
             Roster(
                 run=self.state.run,
                 peer=self.peer,
+                ticket=self.ticket,
                 round=self.state.round,
                 state=self.state.digest,
                 stage=stage,
@@ -222,7 +240,8 @@ class Member:
 
 def _view(manifest: RunManifest, state: State, cohort: Cohort) -> RoundView:
     number, digest = state.round, state.digest
-    return RoundView(manifest, state.run, number, digest, state.covered, state.credit, state.bans, cohort)
+    ledger = state.covered, state.credit, state.bans
+    return RoundView(manifest, state.run, number, digest, *ledger, cohort, state.guests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,7 +394,7 @@ def attestations(member: Member) -> dict[str, Signed[Attestation]]:
 
 def attested_in(member: Member, cohort: Cohort) -> dict[str, Signed[Attestation]]:
     """What others attest in a cohort, but for those that are banned."""
-    seen = member.records.attestations(member.manifest, cohort)
+    seen = member.records.attestations(member.believed, cohort)
     return {peer: signed for peer, signed in seen.items() if peer not in member.state.bans}
 
 
@@ -440,8 +459,8 @@ def takers(member: Member) -> set[str]:
     """Who takes part in the round for all to see: those that claimed in it, or stated their part in its mix."""
     if not mix_due(member.state, member.manifest):
         return set(member.records.claims(member.view))
-    mixes = member.records.mixes(member.cohort, member.state.round)
-    return {peer for peer, signed in mixes.items() if signed.message.state == member.state.digest}
+    mixes = mixes_in(member, member.cohort)
+    return {mix.peer for mix in mixes if mix.state == member.state.digest}
 
 
 def hold(member: Member, state: State) -> None:
@@ -476,12 +495,22 @@ def check_admitted(member: Member) -> None:
 
     Raises:
         LocalError: it was banned, or is not admitted.
+        TooEarly: who invited it has not merged enough work yet.
     """
-    if not member.manifest.admits(member.peer):
+    section = member.manifest.admission
+    try:
+        admission.check_admitted(member.peer, member.ticket, member.manifest, member.state)
+    except admission.TooEarly:
+        raise  # time can mend it
+    except RemoteError as error:
+        if section.kind != "invite":
+            raise LocalError(
+                f"this run admits listed peers only, and {member.peer} is not among them; ask whoever made the run to "
+                f"make one that lists it"
+            ) from error
         raise LocalError(
-            f"this run admits listed peers only, and {member.peer} is not among them; ask whoever made the run to "
-            f"make one that lists it"
-        )
+            f"{error}; ask a member of this run for an invite of {member.peer} and start with --invite FILE"
+        ) from error
     if member.peer in member.state.bans:
         raise LocalError(
             f"this peer was banned from the run in round {member.state.bans[member.peer]}: more than half of the "
@@ -631,6 +660,7 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
         Claim(
             run=member.state.run,
             peer=member.peer,
+            ticket=member.ticket,
             round=member.state.round,
             state=member.state.digest,
             shards=shards,
@@ -804,6 +834,7 @@ def average(member: Member, work: Work, expected: set[str]) -> Merged:
         covered=dict(member.state.covered),
         credit=dict(member.state.credit),
         bans=dict(member.state.bans),
+        guests=dict(member.state.guests),
         bits=member.state.bits,
         claim=work.claim.pack(),
         delta=work.delta,
@@ -853,9 +884,13 @@ def apply(member: Member, work: Work, merged: Merged, expected: set[str]) -> Ave
     moments = remember(moments, delta, section.rule)
     if not all(np.isfinite(value).all() for value in (*params.values(), *moments.values())):
         raise Reject("the average moves the parameters beyond what float32 holds")
-    claims = [merged.members[position].message for position in in_every_part(merged.receipts)]
+    everybody = [claim.message for claim in merged.members]
+    counted = admission.counting(everybody, member.manifest, member.state.credit, member.state.guests)
+    if member.peer not in counted:
+        member.report.warn(f"round {member.state.round} has no room for this newcomer; its work is not in the average")
+    claims = [everybody[at] for at in in_every_part(merged.receipts) if everybody[at].peer in counted]
     after = advance(member.state, member.manifest, claims, params, moments)
-    return Averaged(after, frozenset(expected | {claim.message.peer for claim in merged.members}), work, merged)
+    return Averaged(after, frozenset(expected | {claim.peer for claim in everybody}), work, merged)
 
 
 # --- attest -------------------------------------------------------------------------------------
@@ -947,9 +982,9 @@ def attesters(result: Result, seen: dict[str, Signed[Attestation]]) -> tuple[Sig
 
 def publish_attestation(member: Member, state: State) -> None:
     """Attest a state in the directory; the state must be in the store, for others will ask for it."""
+    line, work = member.line_to(state), float(state.work)
     member.attested = seal(
-        member.identity,
-        Attestation(state.run, member.peer, state.round, state.digest, member.line_to(state), float(state.work)),
+        member.identity, Attestation(state.run, member.peer, member.ticket, state.round, state.digest, line, work)
     )
     member.attested_in = member.cohort
     member.records.announce_attestation(member.attested, member.cohort)
@@ -1077,6 +1112,7 @@ def stated_before(member: Member, ours: Contribution) -> Mix:
     mix = Mix(
         run=state.run,
         peer=member.peer,
+        ticket=member.ticket,
         round=state.round,
         state=state.digest,
         common=ours.common.digest,
@@ -1106,7 +1142,7 @@ def state_mix(member: Member, mix: Mix) -> Mix:
 
 def look_at_cohorts(member: Member, tally: Tally) -> None:
     """Read what cohorts state about the mix, and who is in those of which no part is agreed yet."""
-    number, bits = member.state.round, member.state.bits
+    bits = member.state.bits
     missing = {*tally.missing, *(set(range(1 << bits)) - tally.attesters.keys())}
 
     def read(cohort: Cohort) -> None:
@@ -1114,11 +1150,15 @@ def look_at_cohorts(member: Member, tally: Tally) -> None:
             seen = attested_in(member, cohort)
             seen = _with_ours(member, seen) if cohort == member.cohort else seen
             tally.see_attestations(cohort.index, (signed.message for signed in seen.values()))
-        mixes = member.records.mixes(cohort, number)
-        counted = (peer for peer in mixes if peer not in member.state.bans and member.manifest.admits(peer))
-        tally.see_mixes(cohort.index, [mixes[peer].message for peer in counted])
+        tally.see_mixes(cohort.index, mixes_in(member, cohort))
 
     at_once(read, [Cohort(bits, index) for index in range(1 << bits)])
+
+
+def mixes_in(member: Member, cohort: Cohort) -> list[Mix]:
+    """What those who take part state about the mix under way in a cohort."""
+    mixes = member.records.mixes(cohort, member.state.round).values()
+    return [signed.message for signed in mixes if member.admits(signed.message)]
 
 
 def exchange(
@@ -1210,6 +1250,7 @@ def settle_mix(member: Member, result: Mixed, seen: tuple[Signed[Attestation], .
         credit=after.credit,
         bans=after.bans,
         bits=after.bits,
+        guests=dict(after.guests),
         receipts=result.receipts,
         attestations=seen,
     )

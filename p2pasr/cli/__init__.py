@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from p2pasr import __version__
-from p2pasr.cli import data, demo, identity, lineage, run, score, verify
+from p2pasr.cli import data, demo, identity, invite, lineage, run, score, verify
 from p2pasr.errors import P2pasrError
 from p2pasr.report import Report
 from p2pasr.speech.pretrained import quiet_libraries
@@ -43,6 +43,7 @@ app.add_typer(verify.app, name="verify")
 app.command("eval")(score.evaluate)
 app.command("export")(score.export)
 app.command("id")(identity.identity)
+app.command("invite")(invite.invite)
 app.command("lineage")(lineage.lineage)
 
 

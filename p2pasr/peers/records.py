@@ -8,7 +8,6 @@ from typing import Final, TypeVar
 from p2pasr.errors import Ignore, Reject
 from p2pasr.peers.link import Link
 from p2pasr.protocol.cohorts import Cohort
-from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import Accusation, Attestation, Audit, Claim, Message, Mix, Roster, Signed, seal, unseal
 from p2pasr.protocol.rules import RoundView, check_attestation, check_claim, check_mix, check_roster
 from p2pasr.protocol.signing import Signer, short
@@ -60,11 +59,9 @@ class Records:
         found.pop(self.peer, None)
         return found
 
-    def attestations(self, manifest: RunManifest, cohort: Cohort) -> dict[str, Signed[Attestation]]:
-        """What everybody in a cohort attests now, this peer left out."""
-        found = self._read(
-            "attestation", cohort, Attestation, lambda s: check_attestation(s.message, manifest, self._run)
-        )
+    def attestations(self, view: RoundView, cohort: Cohort) -> dict[str, Signed[Attestation]]:
+        """What everybody in a cohort attests now who takes part as far as this view says, this peer left out."""
+        found = self._read("attestation", cohort, Attestation, lambda s: check_attestation(s.message, view))
         found.pop(self.peer, None)
         return found
 

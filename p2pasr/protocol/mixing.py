@@ -37,12 +37,14 @@ class Ledger:
         covered: hex digest of a shard → merged claims that named it in that epoch, since the common state.
         credit: peer → seconds of audio of its claims that were merged since then.
         bans: peer → the round, since then, in which it was banned.
+        guests: guest of whom the first claim was merged since then → who invited it.
     """
 
     epoch: int
     covered: Mapping[str, int]
     credit: Mapping[str, float]
     bans: Mapping[str, int] = field(default_factory=dict)
+    guests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -53,7 +55,8 @@ class Ledger:
         """Its bytes; shards are named by their place in the manifest."""
         counts = [(place, self.covered.get(shard.digest, 0)) for place, shard in enumerate(manifest.shards)]
         covered = [pair for pair in counts if pair[1]]
-        return pack({"bans": dict(self.bans), "covered": covered, "credit": dict(self.credit), "epoch": self.epoch})
+        people = {"bans": dict(self.bans), "credit": dict(self.credit), "guests": dict(self.guests)}
+        return pack({**people, "covered": covered, "epoch": self.epoch})
 
     @classmethod
     def unpack(cls, data: bytes, manifest: RunManifest, cohort: Cohort, rounds: int) -> Ledger:
@@ -67,9 +70,10 @@ class Ledger:
         """
         content = unpack(data, MAX_LEDGER_BYTES)
         who = f"the ledger of cohort {cohort.name}"
-        if not isinstance(content, dict) or content.keys() != {"bans", "covered", "credit", "epoch"}:
-            raise Reject(f"{who} is not {{bans, covered, credit, epoch}}")
+        if not isinstance(content, dict) or content.keys() != {"bans", "covered", "credit", "epoch", "guests"}:
+            raise Reject(f"{who} is not {{bans, covered, credit, epoch, guests}}")
         covered, credit, epoch, bans = content["covered"], content["credit"], content["epoch"], content["bans"]
+        guests = content["guests"]
         if type(epoch) is not int or not 0 <= epoch <= 1 << 31 or not isinstance(covered, tuple):
             raise Reject(f"{who} is malformed")
         if not all(_is_count(pair, len(manifest.shards)) for pair in covered):
@@ -80,10 +84,14 @@ class Ledger:
             raise Reject(f"{who} credits something that is no time")
         if not isinstance(bans, dict) or not all(type(number) is int and number >= 0 for number in bans.values()):
             raise Reject(f"{who} bans peers in something that is no round")
+        if not isinstance(guests, dict) or not all(isinstance(inviter, str) for inviter in guests.values()):
+            raise Reject(f"{who} names inviters that are no peers")
+        if not guests.keys() <= credit.keys() or (guests and manifest.admission.kind != "invite"):
+            raise Reject(f"{who} names guests of which nothing was merged, or in a run without invites")
         run = manifest.run_id
         if not all(cohort.has(run, peer) for peer in (*credit, *bans)):
             raise Reject(f"{who} is about peers of another cohort")
-        ledger = cls(epoch, {manifest.shards[place].digest: count for place, count in covered}, credit, bans)
+        ledger = cls(epoch, {manifest.shards[place].digest: count for place, count in covered}, credit, bans, guests)
         if ledger.seconds > 1.001 * rounds * manifest.most_seconds_per_group:
             raise Reject(f"{who} has {ledger.seconds:.0f} s of audio, which {rounds} rounds of a group cannot hold")
         return ledger
@@ -99,6 +107,7 @@ def ledger_since(state: State, common: State) -> Ledger:
         {shard: count for shard, count in covered.items() if count > 0},
         {peer: seconds for peer, seconds in credit.items() if seconds > 0},
         {peer: number for peer, number in state.bans.items() if peer not in common.bans},
+        {guest: inviter for guest, inviter in state.guests.items() if guest not in common.guests},
     )
 
 
@@ -162,6 +171,7 @@ def mixed(
         covered=covered,
         credit=_credited(common.credit, ledgers),
         bans=_banned(common.bans, ledgers),
+        guests=_brought(common.guests, ledgers),
         bits=bits_for(peers, section.max_group, manifest.rounds.min_peers, common.bits),
     )
 
@@ -194,6 +204,7 @@ def caught_up(state: State, common: State, after: State, manifest: RunManifest) 
         covered=covered,
         credit=_credited(after.credit, [ledger]),
         bans=_banned(after.bans, [ledger]),
+        guests=_brought(after.guests, [ledger]),
         common=after.digest,
     )
 
@@ -210,6 +221,12 @@ def _banned(bans: Mapping[str, int], ledgers: Iterable[Ledger]) -> dict[str, int
     """A peer that its own cohort has banned is banned everywhere."""
     fresh = {peer: number for ledger in ledgers for peer, number in ledger.bans.items()}
     return dict(sorted({**fresh, **bans}.items()))
+
+
+def _brought(guests: Mapping[str, str], ledgers: Iterable[Ledger]) -> dict[str, str]:
+    """Cohorts that work apart may each admit as many guests of one inviter as it can bring; all of them stay."""
+    fresh = {guest: inviter for ledger in ledgers for guest, inviter in ledger.guests.items()}
+    return dict(sorted({**fresh, **guests}.items()))
 
 
 # --- agreement ------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import isfinite
 from typing import Any, Final
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2pasr.errors import Reject
+from p2pasr.protocol.admission import welcome
 from p2pasr.protocol.cohorts import MAX_BITS, bits_for, is_boundary
 from p2pasr.protocol.encoding import DIGEST_BYTES, blob_digest
 from p2pasr.protocol.manifest import RuleSection, RunManifest
@@ -40,6 +41,7 @@ class State:
         covered: hex digest of a shard → merged claims that named it in this epoch.
         credit: peer → seconds of audio of its merged claims.
         bans: peer → the round in which it was banned.
+        guests: guest of whom a claim was merged → who invited it.
         bits: those who hold it are split into 2^bits cohorts.
         common: digest of the state that all cohorts grew from; zeros if that is this one, and before a split.
     """
@@ -55,6 +57,7 @@ class State:
     bans: dict[str, int]
     bits: int = 0
     common: bytes = NO_PARENT
+    guests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def pieces(self) -> tuple[bytes | memoryview, ...]:
@@ -70,6 +73,7 @@ class State:
             "covered": self.covered,
             "credit": self.credit,
             "bans": self.bans,
+            "guests": self.guests,
             "bits": self.bits,
             "common": self.common.hex(),
         }
@@ -165,6 +169,7 @@ def parse_state(blob: bytes, manifest: RunManifest, like: Tensors | None) -> Sta
             bans=meta["bans"],
             bits=meta["bits"],
             common=bytes.fromhex(meta["common"]),
+            guests=meta["guests"],
         )
         sound = meta["format"] == FORMAT and state.digest == blob_digest(blob)
     except ValueError as error:
@@ -181,11 +186,12 @@ def _check_ledger(meta: Mapping[str, Any], manifest: RunManifest) -> None:
         Reject: no.
     """
     shards = {shard.digest for shard in manifest.shards}
-    covered, credit, bans = meta.get("covered"), meta.get("credit"), meta.get("bans")
+    covered, credit, bans, guests = (meta.get(name) for name in ("covered", "credit", "bans", "guests"))
     numbers = (meta.get("round"), meta.get("epoch"), meta.get("bits"))
     digests = (meta.get("run"), meta.get("parent"), meta.get("common"))
     sound = (
-        meta.keys() == {"format", "run", "round", "parent", "epoch", "covered", "credit", "bans", "bits", "common"}
+        meta.keys()
+        == {"format", "run", "round", "parent", "epoch", "covered", "credit", "bans", "guests", "bits", "common"}
         and all(type(number) is int and 0 <= number <= 1 << 31 for number in numbers)
         and all(isinstance(name, str) and len(name) == 2 * DIGEST_BYTES for name in digests)
         and meta["bits"] <= MAX_BITS
@@ -199,6 +205,8 @@ def _check_ledger(meta: Mapping[str, Any], manifest: RunManifest) -> None:
         )
         and isinstance(bans, dict)
         and all(isinstance(peer, str) and type(number) is int and number >= 0 for peer, number in bans.items())
+        and isinstance(guests, dict)
+        and all(isinstance(name, str) for pair in guests.items() for name in pair)
     )
     if not sound:
         raise Reject("a state's description is malformed")
@@ -208,7 +216,7 @@ def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params
     """S_{r+1}: the ledger folded over the merged claims, with the outer optimizer's new parameters.
 
     Args:
-        claims: those that are in every part of the average; their order does not matter.
+        claims: those that count and are in every part of the average; their order does not matter.
         params, moments: what the outer optimizer made of the average, see :func:`remember` for more moments.
     """
     merged = sorted(claims, key=lambda claim: claim.peer)
@@ -225,6 +233,7 @@ def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params
         bans=condemn(state.bans, merged, state.round),
         bits=bits_after(state.round, state.bits, len(merged), manifest),
         common=(state.digest if state.is_common else state.common) if state.bits else NO_PARENT,
+        guests=welcome(state.guests, merged, manifest),
     )
 
 

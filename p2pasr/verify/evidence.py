@@ -29,6 +29,7 @@ from p2pasr.averaging import rules
 from p2pasr.averaging.codec import Flat, Layout
 from p2pasr.averaging.merkle import Tree
 from p2pasr.errors import LocalError, Reject
+from p2pasr.protocol.admission import newcomers
 from p2pasr.protocol.encoding import DIGEST_BYTES, MEBIBYTE, blob_digest, pack, unpack
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Claim, Receipt, Signed, unseal
@@ -264,8 +265,9 @@ def reduce_again(
         cut = list(layout.cuts())[index]
         reference = codec.decode(codec.encode(Flat(before.reference)[cut]), size)
     order = rules.drawn_order(before.digest, [claim.peer for claim in claims])
-    weights = rules.weights(claims, manifest, before.credit)
-    return codec.encode(rules.aggregate(decoded, weights, manifest.averaging.rule, rules.Center(reference, order)))
+    weights = rules.weights(claims, manifest, before.credit, before.guests)
+    center = rules.Center(reference, order, newcomers(claims, manifest, before.credit))
+    return codec.encode(rules.aggregate(decoded, weights, manifest.averaging.rule, center))
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,7 +451,8 @@ def _state_of_round(blob: bytes, claims: Sequence[Claim], judge: Judge) -> State
     if blob_digest(blob) != claim.state or claim.run != judge.manifest.run_id:
         raise Reject("a proof holds another state than the claim starts from")
     state = parse_state(blob, judge.manifest, judge.like)
-    view = RoundView(judge.manifest, state.run, state.round, state.digest, state.covered, state.credit, state.bans)
+    ledger = state.covered, state.credit, state.bans
+    view = RoundView(judge.manifest, state.run, state.round, state.digest, *ledger, guests=state.guests)
     for each in claims:
         check_claim(each, view)
     return state

@@ -27,6 +27,7 @@ from p2pasr.peers.exchange import BlobExchange
 from p2pasr.peers.host import Host
 from p2pasr.peers.journal import Journal
 from p2pasr.peers.records import Records
+from p2pasr.protocol.admission import newcomers
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import Receipt, Signed, seal
@@ -222,11 +223,14 @@ class Arena:
     def _reduce(self, players: Sequence[Player]) -> Merged:
         claims = tuple(player.work.claim for player in players)
         layout = Layout.of(self.manifest.parameters, self.manifest.averaging)
-        weights = rules.weights([claim.message for claim in claims], self.manifest, players[0].member.state.credit)
+        messages, held = [claim.message for claim in claims], players[0].member.state
+        weights = rules.weights(messages, self.manifest, held.credit, held.guests)
+        new = newcomers(messages, self.manifest, held.credit)
         split = shares.split(layout.parts, [1.0] * len(players))
         group = blob_digest(b"".join(claim.digest for claim in claims))
         everybody = frozenset(range(len(players)))
-        members = Members(group, claims, split, tuple(weights), everybody, self.manifest.averaging.rule)
+        rule = self.manifest.averaging.rule
+        members = Members(group, claims, split, weights, everybody, rule, newcomers=new)
         kept: dict[int, bytes] = {}
         receipts: list[Signed[Receipt]] = []
         for position in members.reducers:

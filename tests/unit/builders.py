@@ -22,10 +22,11 @@ from p2pasr.peers.config import LinkConfig, NodeConfig
 from p2pasr.peers.host import Host
 from p2pasr.peers.identity import Identity
 from p2pasr.peers.streams import Pacer, Stream
+from p2pasr.protocol.admission import newcomers
 from p2pasr.protocol.assignment import assign
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RunManifest
-from p2pasr.protocol.messages import Attestation, Claim, Mix, PartReceipt, Receipt, Roster, Signed, seal
+from p2pasr.protocol.messages import NO_TICKET, Attestation, Claim, Mix, PartReceipt, Receipt, Roster, Signed, seal
 from p2pasr.protocol.rules import RoundView
 from p2pasr.protocol.state import State, genesis, params_digest
 from p2pasr.protocol.tensors import Tensors
@@ -98,7 +99,8 @@ def make_state(manifest: RunManifest) -> State:
 
 def view_of(manifest: RunManifest, state: State) -> RoundView:
     """What a peer that holds this state judges the round by."""
-    return RoundView(manifest, state.run, state.round, state.digest, state.covered, state.credit, state.bans)
+    ledger = state.covered, state.credit, state.bans
+    return RoundView(manifest, state.run, state.round, state.digest, *ledger, guests=state.guests)
 
 
 def make_claim(who: Identity, manifest: RunManifest, held: State, /, **changes: Any) -> Claim:
@@ -108,6 +110,7 @@ def make_claim(who: Identity, manifest: RunManifest, held: State, /, **changes: 
     fields: dict[str, Any] = {
         "run": held.run,
         "peer": who.peer,
+        "ticket": NO_TICKET,
         "round": held.round,
         "state": held.digest,
         "shards": assign(manifest, held.digest, held.covered, who.peer),
@@ -130,6 +133,7 @@ def make_attestation(who: Identity, held: State, /, **changes: Any) -> Attestati
     fields: dict[str, Any] = {
         "run": held.run,
         "peer": who.peer,
+        "ticket": NO_TICKET,
         "round": held.round,
         "state": held.digest,
         "ancestors": (held.parent,) if held.round else (),
@@ -143,6 +147,7 @@ def make_roster(who: Identity, held: State, /, **changes: Any) -> Roster:
     fields: dict[str, Any] = {
         "run": held.run,
         "peer": who.peer,
+        "ticket": NO_TICKET,
         "round": held.round,
         "state": held.digest,
         "stage": "training",
@@ -161,6 +166,7 @@ def make_mix(who: Identity, held: State, /, **changes: Any) -> Mix:
     fields: dict[str, Any] = {
         "run": held.run,
         "peer": who.peer,
+        "ticket": NO_TICKET,
         "round": held.round,
         "state": held.digest,
         "common": digest_of("the state before the cohorts parted"),
@@ -230,8 +236,10 @@ def finish_round(manifest: RunManifest, before: State, after: bytes | None = Non
     members = tuple(
         seal(who, delta_claim(who, manifest, before, delta)) for who, delta in zip(identities, deltas, strict=True)
     )
-    weights = rules.weights([member.message for member in members], manifest, before.credit)
-    center = rules.Center(None, rules.drawn_order(before.digest, [who.peer for who in identities]))
+    claims = [member.message for member in members]
+    weights = rules.weights(claims, manifest, before.credit, before.guests)
+    order = rules.drawn_order(before.digest, [who.peer for who in identities])
+    center = rules.Center(None, order, newcomers(claims, manifest, before.credit))
     encoded = [layout.encode(delta) for delta in deltas]
     results = {}
     for index in range(layout.parts):
