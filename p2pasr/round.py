@@ -35,7 +35,7 @@ from p2pasr.peers.link import Link
 from p2pasr.peers.records import Records
 from p2pasr.peers.streams import patience
 from p2pasr.protocol import admission, mixing
-from p2pasr.protocol.admission import is_admitted, read_invite
+from p2pasr.protocol.admission import read_invite
 from p2pasr.protocol.agreement import Agreement, quorum, result_of
 from p2pasr.protocol.cohorts import EVERYBODY, MAX_BITS, Cohort, cohort_of
 from p2pasr.protocol.encoding import blob_digest
@@ -70,6 +70,7 @@ from p2pasr.verify.record import MixRecord, RoundRecord, check_record, in_every_
 from p2pasr.verify.trace import Trace, retain_traces
 
 T = TypeVar("T")
+R = TypeVar("R", Roster, Mix)
 
 FIRST_POLL_SECONDS: Final = 0.05
 POLL_SECONDS: Final = 0.5
@@ -197,12 +198,11 @@ class Member:
     def in_our_round(self, roster: Mapping[str, Roster]) -> dict[str, Roster]:
         """Those of a roster who work on the same round from the same state."""
         ours = (self.state.round, self.state.digest)
-        here = {peer: entry for peer, entry in roster.items() if (entry.round, entry.state) == ours}
-        return {peer: entry for peer, entry in here.items() if self.admits(entry)}
+        return self.admitted({peer: entry for peer, entry in roster.items() if (entry.round, entry.state) == ours})
 
-    def admits(self, record: Roster | Mix) -> bool:
-        """Whether the author of a record takes part, as far as this peer knows."""
-        return is_admitted(record.peer, record.ticket, self.manifest, self.view)
+    def admitted(self, records: Mapping[str, R]) -> dict[str, R]:
+        """Those of these records whose authors take part, as far as this peer knows."""
+        return admission.admitted(records, self.manifest, self.view)
 
     @property
     def believed(self) -> RoundView:
@@ -1157,8 +1157,8 @@ def look_at_cohorts(member: Member, tally: Tally) -> None:
 
 def mixes_in(member: Member, cohort: Cohort) -> list[Mix]:
     """What those who take part state about the mix under way in a cohort."""
-    mixes = member.records.mixes(cohort, member.state.round).values()
-    return [signed.message for signed in mixes if member.admits(signed.message)]
+    mixes = member.records.mixes(cohort, member.state.round)
+    return list(member.admitted({peer: signed.message for peer, signed in mixes.items()}).values())
 
 
 def exchange(

@@ -75,9 +75,8 @@ def weights(
     counted = counting(claims, manifest, credit, guests)
     raw = [weight if claim.peer in counted else 0.0 for weight, claim in zip(raw, claims, strict=True)]
     trusted = [weight * trust(credit.get(claim.peer, 0.0), manifest) for weight, claim in zip(raw, claims, strict=True)]
-    cap = manifest.averaging.weight_cap * median(
-        w for w, claim in zip(trusted, claims, strict=True) if claim.peer in counted
-    )
+    judging = [weight for weight, claim in zip(trusted, claims, strict=True) if claim.peer in counted]
+    cap = manifest.averaging.weight_cap * median(judging or trusted)
     capped = [min(weight, cap) for weight in trusted] if cap > 0 else trusted
     return limited(capped, newcomers(claims, manifest, credit), manifest.admission.newcomer_share)
 

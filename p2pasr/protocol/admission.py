@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from p2pasr.errors import Ignore, Reject, RemoteError
 from p2pasr.protocol.encoding import digest
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import MAX_INVITE_BYTES, Claim, Invite, Ticket, unseal
 from p2pasr.protocol.signing import short
+
+S = TypeVar("S", bound="Shown")
 
 TRIES_AT_ONCE: Final = 1 << 14
 """Hashes between two words of progress: a few hundredths of a second."""
@@ -45,6 +47,22 @@ class Standing(Protocol):
         """Guest of whom a claim was merged → who invited it."""
 
 
+class Shown(Protocol):
+    """A record that shows a ticket."""
+
+    @property
+    def run(self) -> bytes:
+        """The run's id."""
+
+    @property
+    def peer(self) -> str:
+        """Its author."""
+
+    @property
+    def ticket(self) -> Ticket:
+        """What the author shows."""
+
+
 class TooEarly(Ignore):
     """An invite by somebody who may not invite yet; it counts as soon as he may."""
 
@@ -71,13 +89,24 @@ def check_admitted(peer: str, ticket: Ticket, manifest: RunManifest, held: Stand
     check_invite(read_invite(ticket.invite, held.run, peer), manifest, held)
 
 
-def is_admitted(peer: str, ticket: Ticket, manifest: RunManifest, held: Standing) -> bool:
-    """Whether a peer may take part and was not banned."""
+def admitted(records: Mapping[str, S], manifest: RunManifest, held: Standing) -> dict[str, S]:
+    """Those of some records whose authors take part and were not banned.
+
+    Args:
+        records: of one kind, by their authors.
+    """
+    found = {peer: record for peer, record in records.items() if peer not in held.bans}
+    found = {peer: record for peer, record in found.items() if _is_admitted(record, manifest, held)}
+    left_out = surplus(found.values(), manifest, held.guests)
+    return {peer: record for peer, record in found.items() if peer not in left_out}
+
+
+def _is_admitted(record: Shown, manifest: RunManifest, held: Standing) -> bool:
     try:
-        check_admitted(peer, ticket, manifest, held)
+        check_admitted(record.peer, record.ticket, manifest, held)
     except RemoteError:
         return False
-    return peer not in held.bans
+    return True
 
 
 # --- invites ----------------------------------------------------------------------------------------
@@ -131,16 +160,37 @@ def invites_left(peer: str, manifest: RunManifest, held: Standing) -> int:
     return max(0, section.invites_per_peer - sum(inviter == peer for inviter in held.guests.values()))
 
 
-def inviter_of(claim: Claim, manifest: RunManifest, guests: Mapping[str, str]) -> str | None:
-    """Who brings the author of a claim into the ledger with it; None for a member of it.
+def inviter_of(record: Shown, manifest: RunManifest, guests: Mapping[str, str]) -> str | None:
+    """Whose invite the author of a record needs; None if it needs none, as a founder or as a guest in the ledger.
 
     Raises:
         Reject: its invite is no invite.
     """
     section = manifest.admission
-    if section.kind != "invite" or claim.peer in section.peers or claim.peer in guests:
+    if section.kind != "invite" or record.peer in section.peers or record.peer in guests:
         return None
-    return read_invite(claim.ticket.invite, claim.run, claim.peer).peer
+    return read_invite(record.ticket.invite, record.run, record.peer).peer
+
+
+def surplus(records: Iterable[Shown], manifest: RunManifest, guests: Mapping[str, str]) -> frozenset[str]:
+    """The authors of records that are too many: guests of one inviter that are more than it can bring, come together.
+
+    Those that are not come first in the order of BLAKE3(run ‖ peer).
+
+    Args:
+        records: of one kind, each by somebody who is admitted by itself.
+        guests: of the agreed state.
+    """
+    if manifest.admission.kind != "invite":
+        return frozenset()
+    brought, left_out = Counter(guests.values()), set()
+    for record in sorted(records, key=lambda record: digest("guest", record.run + record.peer.encode())):
+        inviter = inviter_of(record, manifest, guests)
+        if inviter is not None:
+            brought[inviter] += 1
+            if brought[inviter] > manifest.admission.invites_per_peer:
+                left_out.add(record.peer)
+    return frozenset(left_out)
 
 
 def welcome(guests: Mapping[str, str], merged: Iterable[Claim], manifest: RunManifest) -> dict[str, str]:
@@ -184,26 +234,20 @@ def counting(
 ) -> frozenset[str]:
     """The members of a group whose claims count; those of the others weigh nothing and earn nothing.
 
-    Left out, in the order of BLAKE3(state ‖ peer), are guests of one inviter that come together and are more than it
-    can bring, and peers without credit beyond the number that `newcomers` allows.
+    Left out are the :func:`surplus` of guests and, by lot, peers without credit beyond the number that `newcomers`
+    allows.
 
     Args:
         claims: the group's, each of which is admitted by itself.
         credit, guests: of the state that they start from.
     """
-    section = manifest.admission
-    counted = sorted(claims, key=lambda claim: digest("counting", claim.state + claim.peer.encode()))
-    if section.kind == "invite":
-        brought, kept = Counter(guests.values()), []
-        for claim in counted:
-            inviter = inviter_of(claim, manifest, guests)
-            if inviter is None or brought[inviter] < section.invites_per_peer:
-                kept.append(claim)
-                brought.update([inviter] if inviter else [])
-        counted = kept
-    fresh = [claim.peer for claim in counted if credit.get(claim.peer, 0.0) <= 0]
-    most = len(fresh) if section.newcomers is None or len(fresh) == len(counted) else section.newcomers
-    return frozenset(claim.peer for claim in counted) - frozenset(fresh[most:])
+    most = manifest.admission.newcomers
+    peers = {claim.peer for claim in claims} - surplus(claims, manifest, guests)
+    fresh = [peer for peer in peers if credit.get(peer, 0.0) <= 0]
+    if most is None or len(fresh) == len(peers):
+        return frozenset(peers)
+    drawn = sorted(fresh, key=lambda peer: digest("newcomer", claims[0].state + peer.encode()))
+    return frozenset(peers) - frozenset(drawn[most:])
 
 
 def newcomers(claims: Sequence[Claim], manifest: RunManifest, credit: Mapping[str, float]) -> frozenset[int]:
