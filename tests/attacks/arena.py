@@ -117,6 +117,7 @@ class Arena:
     """
 
     def __init__(self, folder: Path, peers: int, attacks: dict[int, Attack] | None = None, **changes: Any) -> None:
+        self._folder = folder
         self._patch = pytest.MonkeyPatch()
         for module in (blobs, journal):
             self._patch.setattr(module, "sync", lambda _path: None)  # nobody cuts the power here
@@ -127,6 +128,15 @@ class Arena:
         self._network = LocalNetwork(folder, self.manifest.run_id)
         self._journals: list[Journal] = []
         self.players = [self._join(folder, number, (attacks or {}).get(number)) for number in range(peers)]
+
+    def arrive(self, count: int, attack: Attack | None = None) -> list[Player]:
+        """New keys join with the state that everybody holds."""
+        held, first = self.state, len(self.players)
+        fresh = [self._join(self._folder, number, attack) for number in range(first, first + count)]
+        for player in fresh:
+            story.hold(player.member, held)
+        self.players += fresh
+        return fresh
 
     def __enter__(self) -> Arena:
         return self
