@@ -27,7 +27,7 @@ from p2pasr.peers.identity import Identity, load_or_create
 from p2pasr.peers.link import Link
 from p2pasr.protocol.assignment import assign
 from p2pasr.protocol.manifest import RunManifest
-from p2pasr.protocol.messages import Claim, seal
+from p2pasr.protocol.messages import NO_TICKET, Claim, seal
 
 VALUES = 1_769_472
 """Trained values of whisper-small with LoRA of rank 16 on q_proj and v_proj."""
@@ -134,6 +134,7 @@ class _Ours:
         claim = Claim(
             run=manifest.run_id,
             peer=identity.peer,
+            ticket=NO_TICKET,
             round=number,
             state=STATE,
             shards=assign(manifest, STATE, {}, identity.peer),
@@ -156,6 +157,7 @@ class _Ours:
             "credit": {},
             "bans": {},
             "suspended": {},
+            "guests": {},
             "bits": 0,
             "claim": seal(identity, claim).pack(),
             "delta": delta,

@@ -12,7 +12,7 @@ import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -22,12 +22,13 @@ from p2pasr.averaging.codec import Codec, Decoded, Flat, Layout
 from p2pasr.averaging.mix import mix_tree, shares_of
 from p2pasr.peers.sync import newest_state
 from p2pasr.protocol import mixing
+from p2pasr.protocol.admission import newcomers
 from p2pasr.protocol.agreement import quorum
 from p2pasr.protocol.assignment import assign
 from p2pasr.protocol.cohorts import MAX_BITS, Cohort, bits_for, cohort_of
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RunManifest
-from p2pasr.protocol.messages import MAX_ANCESTORS, Attestation, Claim, Message, Mix, Roster, Signed
+from p2pasr.protocol.messages import MAX_ANCESTORS, NO_TICKET, Attestation, Claim, Message, Mix, Roster, Signed
 from p2pasr.protocol.mixing import NO_CHOICE, Ledger, Part, Tally
 from p2pasr.protocol.signing import SIGNATURE_BYTES
 from p2pasr.protocol.state import State, advance, genesis, mix_due, params_digest
@@ -128,7 +129,7 @@ class SimulatedPeer:
         """What it attests: its state, or what it made of a round."""
         state = after or self.state
         line = self.lineage if after is None else self.line_to(after, grown=True)
-        return Attestation(state.run, self.name, state.round, state.digest, line, float(state.work))
+        return Attestation(state.run, self.name, NO_TICKET, state.round, state.digest, line, float(state.work))
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,10 +256,10 @@ class Simulation:
         most = self.manifest.averaging.max_group
         members = self.random.sample(group, min(most, len(group)))
         claims = [self._claim(peer, before, cohort) for peer in members]
-        weights = rules.weights(claims, self.manifest, before.standing)
+        weights = rules.weights(claims, self.manifest, before.standing, before.guests)
         deltas = [self.layout.encode(self._learned(before)) for _ in members]
         rule = self.manifest.averaging.rule
-        center = rules.Center(None, range(len(members)))
+        center = rules.Center(None, range(len(members)), newcomers(claims, self.manifest, before.standing))
         average = b"".join(
             self.layout.codec.encode(rules.aggregate(self._decoded(index, deltas), weights, rule, center))
             for index in range(self.layout.parts)
@@ -289,6 +290,7 @@ class Simulation:
         return Claim(
             before.run,
             peer.name,
+            NO_TICKET,
             before.round,
             before.digest,
             shards,
@@ -362,7 +364,9 @@ class Simulation:
         ledger = mixing.ledger_since(state, common).pack(self.manifest)
         root = tree.root([*map(blob_digest, self._encoded(state, common)), blob_digest(ledger)])
         return {
-            peer.name: Mix(self.run, peer.name, state.round, state.digest, common.digest, root, True, (), NO_CHOICE)
+            peer.name: Mix(
+                self.run, peer.name, NO_TICKET, state.round, state.digest, common.digest, root, True, (), NO_CHOICE
+            )
             for peer in group
         }
 
@@ -481,22 +485,24 @@ class Simulation:
 def _voting(mix: Mix, common: bytes, parts: tuple[Part, ...]) -> Mix:
     indices = tuple(part.index for part in parts)
     chosen = mixing.choice(common, parts)
-    return Mix(mix.run, mix.peer, mix.round, mix.state, mix.common, mix.root, mix.serves, indices, chosen)
+    return replace(mix, cohorts=indices, chosen=chosen)
 
 
 def _renamed(mix: Mix, peer: str) -> Mix:
-    return Mix(mix.run, peer, mix.round, mix.state, mix.common, mix.root, mix.serves, mix.cohorts, mix.chosen)
+    return replace(mix, peer=peer)
 
 
 def _record_bytes(state: State) -> dict[str, int]:
     """Kind → bytes of a record in the directory."""
     who, nothing = f"12D3KooW{0:044d}", bytes(32)
-    address = "/ip4/203.0.113.5/tcp/31337/p2p/" + who
+    address, trained = "/ip4/203.0.113.5/tcp/31337/p2p/" + who, (2, 50, 800)
     messages: list[Message] = [
-        Roster(state.run, who, 0, nothing, "training", 1, 1.5e9, False, "cpu x86-64", "0.1.0", (address,)),
-        Claim(state.run, who, 0, nothing, (nothing,) * 2, 2, 50, 800, nothing, nothing, 1.0, 2.0, 1.0, "cpu", ()),
-        Attestation(state.run, who, 16, nothing, (nothing,) * MAX_ANCESTORS, 1.0),
-        Mix(state.run, who, 0, nothing, nothing, nothing, True, tuple(range(32)), nothing),
+        Roster(state.run, who, NO_TICKET, 0, nothing, "training", 1, 1.5e9, False, "cpu x86-64", "0.1.0", (address,)),
+        Claim(
+            state.run, who, NO_TICKET, 0, nothing, (nothing,) * 2, *trained, nothing, nothing, 1.0, 2.0, 1.0, "cpu", ()
+        ),
+        Attestation(state.run, who, NO_TICKET, 16, nothing, (nothing,) * MAX_ANCESTORS, 1.0),
+        Mix(state.run, who, NO_TICKET, 0, nothing, nothing, nothing, True, tuple(range(32)), nothing),
     ]
     return {m.kind: len(Signed(m, bytes(SIGNATURE_BYTES)).pack()) + DHT_BYTES for m in messages}
 

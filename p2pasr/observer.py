@@ -20,10 +20,9 @@ from p2pasr.protocol.agreement import agree
 from p2pasr.protocol.audits import Duty
 from p2pasr.protocol.cohorts import cohort_of
 from p2pasr.protocol.messages import Attestation, Claim, Finding, Signed
-from p2pasr.protocol.rules import RoundView
+from p2pasr.protocol.rules import view_of
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, mix_due
-from p2pasr.protocol.strikes import suspended
 from p2pasr.round import Member, attestations_around
 from p2pasr.verify.record import MAX_RECORD_BYTES, RoundRecord, check_record
 
@@ -157,9 +156,7 @@ def find_record(member: Member, line: Line, number: int) -> tuple[State, RoundRe
     if mix_due(state, member.manifest):
         raise TransportError("cohorts were mixed in it, and nothing was trained")
     cohort = cohort_of(state.run, line.peers[0], state.bits)
-    ledger = state.covered, state.standing, state.bans
-    out = suspended(state.strikes, state.round, member.manifest.verify)
-    view = RoundView(member.manifest, state.run, state.round, state.digest, *ledger, cohort, out)
+    view = view_of(state, member.manifest, cohort)
     for peer in line.peers:
         try:
             named = member.link.call("record", ASK_SECONDS, peer=peer, round=number)["digest"]

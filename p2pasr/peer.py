@@ -34,6 +34,7 @@ from p2pasr.runs import build_task, default_home, initial_state, read_run, run_f
 from p2pasr.speech.prepare import read_index
 from p2pasr.speech.pretrained import quiet_libraries
 from p2pasr.tasks import Task
+from p2pasr.tickets import make_ticket
 
 LINK_SECONDS: Final = 120.0
 """How long a peer waits for its network process to come back before it says so again."""
@@ -53,6 +54,7 @@ class PeerOptions:
 
     Attributes:
         initial_peers: multiaddrs to join through; none makes this the first peer.
+        invite: the file of an invite to a run that asks for one.
         state_dir: where the key and the runs lie; `~/.p2pasr` if None.
         identity_path: the key; `identity.key` in the state folder if None.
         host_maddrs: multiaddrs to listen on.
@@ -69,6 +71,7 @@ class PeerOptions:
     """
 
     initial_peers: tuple[str, ...] = ()
+    invite: Path | None = None
     state_dir: Path | None = None
     identity_path: Path | None = None
     host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
@@ -224,6 +227,7 @@ class Peer:
             LocalError: something here must be mended by a person.
         """
         member, limit = self.member, self.options.max_rounds
+        member.ticket = make_ticket(member.manifest, member.peer, member.journal, self.options.invite, self.report)
         done = failures = 0
         while not self._over() and (limit is None or done < limit):
             number = member.state.round
@@ -266,7 +270,7 @@ class Peer:
         deadline = time.monotonic() + LINGER_SECONDS
         with contextlib.suppress(P2pasrError):
             while time.monotonic() < deadline:
-                seen = member.records.attestations(member.manifest, member.cohort)
+                seen = member.records.attestations(member.view, member.cohort)
                 attested = {peer: signed.message.round for peer, signed in seen.items()}
                 behind = [p for p in member.records.roster(member.cohort) if attested.get(p, 0) < member.state.round]
                 if not behind:
@@ -355,6 +359,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--run", required=True, metavar="RUN", help="a manifest file, or a run id (then the manifest comes from peers)")
     add("--initial-peers", nargs="+", default=[], metavar="MADDR", help="peers or bootstrap nodes to join through")
+    add("--invite", type=Path, metavar="FILE", help="the invite that a member gave you, for runs that ask for one")
     add("--state-dir", type=Path, metavar="DIR", help="where the key and the runs lie (default: ~/.p2pasr)")
     add("--identity-path", type=Path, metavar="FILE", help="the key (default: identity.key in the state folder)")
     add("--host-maddrs", nargs="+", default=["/ip4/0.0.0.0/tcp/0"], metavar="MADDR", help="addresses to listen on")
@@ -384,6 +389,7 @@ def _options(arguments: argparse.Namespace) -> PeerOptions:
         raise LocalError(f"--threads {arguments.threads} is more than {MAX_THREADS}; give the cores of this machine")
     return PeerOptions(
         initial_peers=tuple(arguments.initial_peers),
+        invite=arguments.invite,
         state_dir=arguments.state_dir,
         identity_path=arguments.identity_path,
         host_maddrs=tuple(arguments.host_maddrs),

@@ -34,7 +34,8 @@ from p2pasr.peers.journal import Journal, Pending
 from p2pasr.peers.link import Link
 from p2pasr.peers.records import Records
 from p2pasr.peers.streams import patience
-from p2pasr.protocol import mixing
+from p2pasr.protocol import admission, mixing
+from p2pasr.protocol.admission import read_invite
 from p2pasr.protocol.agreement import Agreement, quorum, result_of
 from p2pasr.protocol.cohorts import EVERYBODY, MAX_BITS, Cohort, cohort_of
 from p2pasr.protocol.encoding import blob_digest
@@ -43,6 +44,7 @@ from p2pasr.protocol.messages import (
     MAX_AGAINST,
     MAX_ANCESTORS,
     MAX_RECEIPT_BYTES,
+    NO_TICKET,
     Attestation,
     Charge,
     Claim,
@@ -51,14 +53,14 @@ from p2pasr.protocol.messages import (
     Roster,
     Signed,
     Stage,
+    Ticket,
     seal,
     unseal,
 )
 from p2pasr.protocol.mixing import NO_CHOICE, Ledger, Part, Tally
-from p2pasr.protocol.rules import RoundView
+from p2pasr.protocol.rules import RoundView, view_of
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, advance, mix_due, parse_state, remember
-from p2pasr.protocol.strikes import suspended
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.report import Report
 from p2pasr.tasks.base import Bounded, Checkpoint, OnStep, SegmentPlan, Task
@@ -69,6 +71,7 @@ from p2pasr.verify.trace import Trace, retain_traces
 from p2pasr.withholding import ask_again
 
 T = TypeVar("T")
+R = TypeVar("R", Roster, Mix)
 
 FIRST_POLL_SECONDS: Final = 0.05
 POLL_SECONDS: Final = 0.5
@@ -136,6 +139,7 @@ class Member:
         opened: bytes of others' checkpoints that it was given to check, since it started.
         whole: shards whose bytes this process has compared with their digests.
         traffic: bytes sent and received, and connections open, when last counted.
+        ticket: what this peer shows to be admitted.
     """
 
     manifest: RunManifest
@@ -170,10 +174,11 @@ class Member:
     traffic: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("bytes_sent", "bytes_received", "connections"), 0)
     )
+    ticket: Ticket = NO_TICKET
 
     def __post_init__(self) -> None:
         self.lineage = self.line_to(self.state)
-        self._view = _view(self.manifest, self.state, self.cohort)
+        self._view = view_of(self.state, self.manifest, self.cohort)
 
     @property
     def peer(self) -> str:
@@ -189,7 +194,7 @@ class Member:
     def view(self) -> RoundView:
         """What the rules judge this round's records against."""
         if self._view.state != self.state.digest:
-            self._view = _view(self.manifest, self.state, self.cohort)
+            self._view = view_of(self.state, self.manifest, self.cohort)
         return self._view
 
     @property
@@ -212,8 +217,21 @@ class Member:
     def in_our_round(self, roster: Mapping[str, Roster]) -> dict[str, Roster]:
         """Those of a roster who work on the same round from the same state."""
         ours = (self.state.round, self.state.digest)
-        present = {p: entry for p, entry in roster.items() if p not in self.out and self.manifest.admits(p)}
-        return {peer: entry for peer, entry in present.items() if (entry.round, entry.state) == ours}
+        return self.admitted({peer: entry for peer, entry in roster.items() if (entry.round, entry.state) == ours})
+
+    def admitted(self, records: Mapping[str, R]) -> dict[str, R]:
+        """Those of these records whose authors take part, as far as this peer knows."""
+        out = self.out
+        present = {peer: record for peer, record in records.items() if peer not in out}
+        return admission.admitted(present, self.manifest, self.view)
+
+    @property
+    def believed(self) -> RoundView:
+        """What attestations are judged against: the state, and who invited this peer as long as it holds the first."""
+        if self.state.round > 0 or not self.ticket.invite:
+            return self.view
+        inviter = read_invite(self.ticket.invite, self.state.run, self.peer).peer
+        return replace(self.view, guests={**self.state.guests, inviter: inviter})
 
     def say(self, stage: Stage, segments: int = 0) -> None:
         """Tell the others what this peer does now."""
@@ -221,6 +239,7 @@ class Member:
             Roster(
                 run=self.state.run,
                 peer=self.peer,
+                ticket=self.ticket,
                 round=self.state.round,
                 state=self.state.digest,
                 stage=stage,
@@ -238,13 +257,6 @@ class Member:
         """Report that a step of the round begins."""
         self.report.stop_if_interrupted()
         self.report.emit("step", message, step=name, round=self.state.round, state=self.state.digest)
-
-
-def _view(manifest: RunManifest, state: State, cohort: Cohort) -> RoundView:
-    number, digest = state.round, state.digest
-    ledger = state.covered, state.standing, state.bans
-    out = suspended(state.strikes, number, manifest.verify)
-    return RoundView(manifest, state.run, number, digest, *ledger, cohort, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,7 +413,7 @@ def attestations(member: Member) -> dict[str, Signed[Attestation]]:
 
 def attested_in(member: Member, cohort: Cohort) -> dict[str, Signed[Attestation]]:
     """What others attest in a cohort, but for those that are banned or suspended."""
-    seen, out = member.records.attestations(member.manifest, cohort), member.out
+    seen, out = member.records.attestations(member.believed, cohort), member.out
     return {peer: signed for peer, signed in seen.items() if peer not in out}
 
 
@@ -466,8 +478,8 @@ def takers(member: Member) -> set[str]:
     """Who takes part in the round for all to see: those that claimed in it, or stated their part in its mix."""
     if not mix_due(member.state, member.manifest):
         return set(member.records.claims(member.view))
-    mixes = member.records.mixes(member.cohort, member.state.round)
-    return {peer for peer, signed in mixes.items() if signed.message.state == member.state.digest}
+    mixes = mixes_in(member, member.cohort)
+    return {mix.peer for mix in mixes if mix.state == member.state.digest}
 
 
 def hold(member: Member, state: State) -> None:
@@ -516,12 +528,22 @@ def check_admitted(member: Member) -> None:
 
     Raises:
         LocalError: it was banned, or is not admitted.
+        TooEarly: who invited it has not merged enough work yet.
     """
-    if not member.manifest.admits(member.peer):
+    section = member.manifest.admission
+    try:
+        admission.check_admitted(member.peer, member.ticket, member.manifest, member.state)
+    except admission.TooEarly:
+        raise  # time can mend it
+    except RemoteError as error:
+        if section.kind != "invite":
+            raise LocalError(
+                f"this run admits listed peers only, and {member.peer} is not among them; ask whoever made the run to "
+                f"make one that lists it"
+            ) from error
         raise LocalError(
-            f"this run admits listed peers only, and {member.peer} is not among them; ask whoever made the run to "
-            f"make one that lists it"
-        )
+            f"{error}; ask a member of this run for an invite of {member.peer} and start with --invite FILE"
+        ) from error
     if member.peer in member.state.bans:
         raise LocalError(
             f"this peer was banned from the run in round {member.state.bans[member.peer]}: more than half of the "
@@ -688,6 +710,7 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
         Claim(
             run=member.state.run,
             peer=member.peer,
+            ticket=member.ticket,
             round=member.state.round,
             state=member.state.digest,
             shards=shards,
@@ -875,6 +898,7 @@ def average(member: Member, work: Work, expected: set[str]) -> Merged:
         credit=dict(member.view.credit),
         bans=dict(member.state.bans),
         suspended=dict(member.view.suspended),
+        guests=dict(member.state.guests),
         bits=member.state.bits,
         claim=work.claim.pack(),
         delta=work.delta,
@@ -924,9 +948,13 @@ def apply(member: Member, work: Work, merged: Merged, expected: set[str]) -> Ave
     moments = remember(moments, delta, section.rule)
     if not all(np.isfinite(value).all() for value in (*params.values(), *moments.values())):
         raise Reject("the average moves the parameters beyond what float32 holds")
-    claims = [merged.members[position].message for position in in_every_part(merged.receipts)]
+    everybody = [claim.message for claim in merged.members]
+    counted = admission.counting(everybody, member.manifest, member.state.standing, member.state.guests)
+    if member.peer not in counted:
+        member.report.warn(f"round {member.state.round} has no room for this newcomer; its work is not in the average")
+    claims = [everybody[at] for at in in_every_part(merged.receipts) if everybody[at].peer in counted]
     after = advance(member.state, member.manifest, claims, params, moments)
-    return Averaged(after, frozenset(expected | {claim.message.peer for claim in merged.members}), work, merged)
+    return Averaged(after, frozenset(expected | {claim.peer for claim in everybody}), work, merged)
 
 
 # --- attest -------------------------------------------------------------------------------------
@@ -1018,9 +1046,9 @@ def attesters(result: Result, seen: dict[str, Signed[Attestation]]) -> tuple[Sig
 
 def publish_attestation(member: Member, state: State) -> None:
     """Attest a state in the directory; the state must be in the store, for others will ask for it."""
+    line, work = member.line_to(state), float(state.work)
     member.attested = seal(
-        member.identity,
-        Attestation(state.run, member.peer, state.round, state.digest, member.line_to(state), float(state.work)),
+        member.identity, Attestation(state.run, member.peer, member.ticket, state.round, state.digest, line, work)
     )
     member.attested_in = member.cohort
     member.records.announce_attestation(member.attested, member.cohort)
@@ -1148,6 +1176,7 @@ def stated_before(member: Member, ours: Contribution) -> Mix:
     mix = Mix(
         run=state.run,
         peer=member.peer,
+        ticket=member.ticket,
         round=state.round,
         state=state.digest,
         common=ours.common.digest,
@@ -1177,7 +1206,7 @@ def state_mix(member: Member, mix: Mix) -> Mix:
 
 def look_at_cohorts(member: Member, tally: Tally) -> None:
     """Read what cohorts state about the mix, and who is in those of which no part is agreed yet."""
-    number, bits = member.state.round, member.state.bits
+    bits = member.state.bits
     missing = {*tally.missing, *(set(range(1 << bits)) - tally.attesters.keys())}
 
     def read(cohort: Cohort) -> None:
@@ -1185,11 +1214,15 @@ def look_at_cohorts(member: Member, tally: Tally) -> None:
             seen = attested_in(member, cohort)
             seen = _with_ours(member, seen) if cohort == member.cohort else seen
             tally.see_attestations(cohort.index, (signed.message for signed in seen.values()))
-        mixes = member.records.mixes(cohort, number)
-        counted = (peer for peer in mixes if peer not in member.out and member.manifest.admits(peer))
-        tally.see_mixes(cohort.index, [mixes[peer].message for peer in counted])
+        tally.see_mixes(cohort.index, mixes_in(member, cohort))
 
     at_once(read, [Cohort(bits, index) for index in range(1 << bits)])
+
+
+def mixes_in(member: Member, cohort: Cohort) -> list[Mix]:
+    """What those who take part state about the mix under way in a cohort."""
+    mixes = member.records.mixes(cohort, member.state.round)
+    return list(member.admitted({peer: signed.message for peer, signed in mixes.items()}).values())
 
 
 def exchange(
@@ -1282,6 +1315,7 @@ def settle_mix(member: Member, result: Mixed, seen: tuple[Signed[Attestation], .
         bans=after.bans,
         strikes=after.strikes,
         bits=after.bits,
+        guests=dict(after.guests),
         receipts=result.receipts,
         attestations=seen,
     )

@@ -153,10 +153,10 @@ class AllReduce:
         """Find a group and average with it.
 
         Args:
-            args: round, state, covered, credit, bans, suspended, bits (the view); claim (packed, ours); delta (digest
-                of the encoded one); reference (digest of the encoded last aggregate, None where the rule needs none or
-                before the first); limits (see :class:`Members`); expected (peers, ours among them), shunned (peers
-                that are not averaged with), min_size, window, timeout (of the group).
+            args: round, state, covered, credit, bans, suspended, guests, bits (the view); claim (packed, ours); delta
+                (digest of the encoded one); reference (digest of the encoded last aggregate, None where the rule needs
+                none or before the first); limits (see :class:`Members`); expected (peers, ours among them), shunned
+                (peers that are not averaged with), min_size, window, timeout (of the group).
 
         Returns:
             group, members (packed claims), receipts (packed), average (digest of the encoded result).
@@ -165,7 +165,7 @@ class AllReduce:
         cohort = cohort_of(run, self._host.peer, args["bits"])
         round_of = args["round"], args["state"]
         ledger = args["covered"], args["credit"], args["bans"]
-        view = RoundView(manifest, run, *round_of, *ledger, cohort, args["suspended"])
+        view = RoundView(manifest, run, *round_of, *ledger, cohort, args["suspended"], args["guests"])
         layout = Layout.of(view.manifest.parameters, view.manifest.averaging)
         claim = unseal(args["claim"], Claim)
         with contextlib.ExitStack() as files:

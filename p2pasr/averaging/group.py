@@ -11,6 +11,7 @@ from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.matchmaking import MAX_GATHER_BYTES, Group
 from p2pasr.errors import Reject, TransportError
 from p2pasr.peers import streams
+from p2pasr.protocol.admission import newcomers
 from p2pasr.protocol.encoding import digest, pack, unpack
 from p2pasr.protocol.manifest import RuleSection
 from p2pasr.protocol.messages import Claim, Signed, unseal
@@ -61,6 +62,7 @@ class Members:
         reachable: positions of those that accept connections.
         rule: how their parts become one.
         limits: the most that a value of a delta can be after 1, 2, … segments; None if nothing is known of that.
+        newcomers: positions of those that weigh no more than a share together.
     """
 
     group: bytes
@@ -70,6 +72,7 @@ class Members:
     reachable: frozenset[int]
     rule: RuleSection = field(default_factory=RuleSection)
     limits: Sequence[float] | None = None
+    newcomers: frozenset[int] = frozenset()
 
     def position(self, peer: str) -> int:
         """A member's position.
@@ -147,15 +150,17 @@ def check_group(
         raise TransportError("all peers of the group are in client mode, and a group needs one that others can reach")
     layout = Layout.of(view.manifest.parameters, view.manifest.averaging)
     rates = shares.agreed_rates([each.rates for each in brought], group.peers)
+    messages = [claim.message for claim in claims]
     reducing = reachable - failed_reducers(brought, group.peers) or reachable
     return Members(
         group=group_id(group),
         claims=claims,
         shares=shares.split(layout.parts, [rate if at in reducing else 0.0 for at, rate in enumerate(rates)]),
-        weights=rules.weights([claim.message for claim in claims], view.manifest, view.credit),
+        weights=rules.weights(messages, view.manifest, view.credit, view.guests),
         reachable=reachable,
         rule=view.manifest.averaging.rule,
         limits=limits,
+        newcomers=newcomers(messages, view.manifest, view.credit),
     )
 
 

@@ -82,7 +82,8 @@ class PartReducer:
         codec, size = self.layout.codec, self.layout.part_size(index)
         claims = [claim.message for claim in self.members.claims]
         order = rules.drawn_order(claims[0].state, [claim.peer for claim in claims])
-        return rules.Center(codec.decode(self.reference.read(index), size) if self.reference else None, order)
+        reference = codec.decode(self.reference.read(index), size) if self.reference else None
+        return rules.Center(reference, order, self.members.newcomers)
 
     def _finish(self, index: int, done: asyncio.Future[PartReceipt]) -> None:
         self.received.pop(index, None)

@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2pasr.averaging.codec import Vector
+from p2pasr.protocol.admission import counting, limited, newcomers
 from p2pasr.protocol.encoding import digest
 from p2pasr.protocol.manifest import RuleSection, RunManifest
 from p2pasr.protocol.messages import Claim, message_digest
@@ -42,17 +43,21 @@ NEWCOMER_TRUST: Final = 0.25
 """Share of its weight that a peer has before any of its work was merged."""
 
 
-def weights(claims: Sequence[Claim], manifest: RunManifest, credit: Mapping[str, float]) -> tuple[float, ...]:
+def weights(
+    claims: Sequence[Claim], manifest: RunManifest, credit: Mapping[str, float], guests: Mapping[str, str]
+) -> tuple[float, ...]:
     """The weight of each claim, from what anyone can compute about it.
 
     Seconds of audio in the assigned shards, scaled by the share of segments trained and by how far the
     peer is trusted, at most `weight_cap` times the median. No number that a sender chose enters.
 
     With `duplicates: first`, a shard named by several claims counts only for the one with the lowest
-    digest; a claim left with none keeps the weight 0.
+    digest; a claim left with none keeps the weight 0. So do claims that do not count, and those of newcomers
+    together weigh at most `newcomer_share` of all; see :mod:`p2pasr.protocol.admission`.
 
     Args:
         credit: peer → seconds of audio of its merged claims, from the state that the claims start from.
+        guests: guest of whom a claim was merged → who invited it, from there too.
     """
     seconds = shard_seconds(manifest)
     if manifest.data.duplicates == "first":
@@ -67,9 +72,13 @@ def weights(claims: Sequence[Claim], manifest: RunManifest, credit: Mapping[str,
         ]
     else:
         raw = [trained_seconds(claim, manifest, seconds) for claim in claims]
+    counted = counting(claims, manifest, credit, guests)
+    raw = [weight if claim.peer in counted else 0.0 for weight, claim in zip(raw, claims, strict=True)]
     trusted = [weight * trust(credit.get(claim.peer, 0.0), manifest) for weight, claim in zip(raw, claims, strict=True)]
-    cap = manifest.averaging.weight_cap * median(trusted)
-    return tuple(min(weight, cap) for weight in trusted) if cap > 0 else tuple(trusted)
+    judging = [weight for weight, claim in zip(trusted, claims, strict=True) if claim.peer in counted]
+    cap = manifest.averaging.weight_cap * median(judging or trusted)
+    capped = [min(weight, cap) for weight in trusted] if cap > 0 else trusted
+    return limited(capped, newcomers(claims, manifest, credit), manifest.admission.newcomer_share)
 
 
 def trust(credit: float, manifest: RunManifest) -> float:
@@ -88,15 +97,17 @@ def trust(credit: float, manifest: RunManifest) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Center:
-    """Where `centered-clip` starts, and who shares a bucket.
+    """Where `centered-clip` starts, who shares a bucket, and whose parts say how long a part may be.
 
     Attributes:
         reference: the same part of the last round's aggregate; None, for zeros, before the first.
         order: all positions of the group, as :func:`drawn_order` gives them.
+        newcomers: positions whose parts are scaled down by the length of the others'.
     """
 
     reference: Vector | None
     order: Sequence[int]
+    newcomers: frozenset[int] = frozenset()
 
 
 def drawn_order(state: bytes, peers: Sequence[str]) -> tuple[int, ...]:
@@ -114,11 +125,12 @@ def aggregate(parts: Mapping[int, Vector], weights: Sequence[float], rule: RuleS
 
     Args:
         parts: position in the group → decoded part, all of one length; at least one.
-        weights: weight of every position, see :func:`weights`; only `mean` uses them, for elsewhere a
-            large weight is what a hostile member would want.
-        center: what `centered-clip` starts from; the other rules do not use it.
+        weights: weight of every position, see :func:`weights`; only `mean` uses more of them than that some are 0
+            and left out, for elsewhere a large weight is what a hostile member would want.
+        center: what `centered-clip` starts from, and who is new.
     """
-    clipped = clip(parts, rule.clip_norm)
+    weighty = {position: part for position, part in parts.items() if weights[position] > 0}
+    clipped = clip(weighty or parts, rule.clip_norm, center.newcomers)
     if rule.kind == "mean":
         return weighted_mean(clipped, weights)
     if rule.kind == "centered-clip":
@@ -130,12 +142,19 @@ def aggregate(parts: Mapping[int, Vector], weights: Sequence[float], rule: RuleS
     return trimmed_mean(stack, rule.trim if rule.kind == "trimmed-mean" else 0.5)
 
 
-def clip(parts: Mapping[int, Vector], multiple: float | None) -> dict[int, Vector]:
-    """Scale down parts that are longer than a multiple of the median length."""
+def clip(
+    parts: Mapping[int, Vector], multiple: float | None, newcomers: frozenset[int] = frozenset()
+) -> dict[int, Vector]:
+    """Scale down parts that are longer than a multiple of the median length.
+
+    Args:
+        newcomers: positions that have no say in that median, where there are others.
+    """
     if multiple is None or len(parts) == 1:
         return dict(parts)
     lengths = {position: norm(part) for position, part in parts.items()}
-    limit = multiple * median(lengths.values())
+    judging = [length for position, length in lengths.items() if position not in newcomers]
+    limit = multiple * median(judging or lengths.values())
     return {position: _shortened(part, lengths[position], limit) for position, part in parts.items()}
 
 

@@ -65,7 +65,7 @@ def load_or_create(path: Path) -> Identity:
             _create(path)
         except OSError as error:
             raise LocalError(f"no identity can be written to {path} ({error.strerror})") from error
-    return _load(path)
+    return load(path)
 
 
 def _create(path: Path) -> None:
@@ -103,7 +103,12 @@ def lock(path: Path) -> int:
     return descriptor
 
 
-def _load(path: Path) -> Identity:
+def load(path: Path) -> Identity:
+    """Read the key at `path`.
+
+    Raises:
+        LocalError: there is none, the file is no key, or others can read it.
+    """
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
         data = path.read_bytes()

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from p2pasr.errors import LocalError
 from p2pasr.peers.blobs import disk_errors, sync
 from p2pasr.peers.config import is_peer_maddr
+from p2pasr.protocol.messages import MAX_INVITE_BYTES, NO_TICKET, Ticket
 
 T = TypeVar("T")
 
@@ -113,6 +114,14 @@ class Journal:
     def state_mix(self, mix: bytes) -> None:
         """Write down a statement about a mix before it is published."""
         self._write("mix.json", {"mix": mix.hex()})
+
+    def ticket(self) -> Ticket:
+        """What was kept of what this peer shows to be admitted."""
+        return _read(self.folder / "ticket.json", _parse_ticket) or NO_TICKET
+
+    def keep_ticket(self, ticket: Ticket) -> None:
+        """Replace what :meth:`ticket` returns."""
+        self._write("ticket.json", {"invite": ticket.invite.hex(), "nonce": ticket.nonce})
 
     def traces(self) -> dict[int, dict[str, Any]]:
         """Round → {claim, delta, checkpoints} in hex, as far as they are kept."""
@@ -214,6 +223,13 @@ def _parse_pending(content: dict[str, Any]) -> Pending:
         delta=bytes.fromhex(content["delta"]),
         checkpoints=tuple(map(bytes.fromhex, content["checkpoints"])),
     )
+
+
+def _parse_ticket(content: dict[str, Any]) -> Ticket:
+    invite, nonce = bytes.fromhex(content["invite"]), int(content["nonce"])
+    if len(invite) > MAX_INVITE_BYTES or not 0 <= nonce < 1 << 63:
+        raise ValueError("it holds more than a ticket can")
+    return Ticket(invite, nonce)
 
 
 def _parse_traces(content: dict[str, Any]) -> dict[int, dict[str, Any]]:

@@ -7,8 +7,8 @@ from typing import Final, TypeVar
 
 from p2pasr.errors import Ignore, Reject
 from p2pasr.peers.link import Link
+from p2pasr.protocol.admission import surplus
 from p2pasr.protocol.cohorts import Cohort
-from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import Accusation, Attestation, Audit, Claim, Message, Mix, Roster, Signed, seal, unseal
 from p2pasr.protocol.rules import RoundView, check_attestation, check_claim, check_mix, check_roster
 from p2pasr.protocol.signing import Signer, short
@@ -24,6 +24,7 @@ MIX_TTL: Final = 120.0
 LOOKUP_SECONDS: Final = 20.0
 
 M = TypeVar("M", bound=Message)
+S = TypeVar("S", Claim, Attestation)
 
 
 class Records:
@@ -58,15 +59,13 @@ class Records:
         number, cohort = view.round, view.cohort
         found = self._read("claim", cohort, Claim, lambda signed: check_claim(signed.message, view), number)
         found.pop(self.peer, None)
-        return found
+        return _without_surplus(found, view)
 
-    def attestations(self, manifest: RunManifest, cohort: Cohort) -> dict[str, Signed[Attestation]]:
-        """What everybody in a cohort attests now, this peer left out."""
-        found = self._read(
-            "attestation", cohort, Attestation, lambda s: check_attestation(s.message, manifest, self._run)
-        )
+    def attestations(self, view: RoundView, cohort: Cohort) -> dict[str, Signed[Attestation]]:
+        """What everybody in a cohort attests now who takes part as far as this view says, this peer left out."""
+        found = self._read("attestation", cohort, Attestation, lambda s: check_attestation(s.message, view))
         found.pop(self.peer, None)
-        return found
+        return _without_surplus(found, view)
 
     def mixes(self, cohort: Cohort, number: int) -> dict[str, Signed[Mix]]:
         """What a cohort states about a mix, this peer too if it has stated anything."""
@@ -141,6 +140,12 @@ class Records:
             else:
                 found[owner] = signed
         return found
+
+
+def _without_surplus(found: dict[str, Signed[S]], view: RoundView) -> dict[str, Signed[S]]:
+    """Records but for those of guests that are more than their inviter can bring."""
+    left_out = surplus((signed.message for signed in found.values()), view.manifest, view.guests)
+    return {peer: signed for peer, signed in found.items() if peer not in left_out}
 
 
 def _scope(cohort: Cohort, number: int | None) -> str:

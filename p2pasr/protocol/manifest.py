@@ -201,15 +201,26 @@ class VerifySection(_Section):
 class AdmissionSection(_Section):
     """Who may take part."""
 
-    kind: Literal["open", "allowlist"] = "open"
-    """`open`: whoever comes. `allowlist`: the peers listed here, and nobody else's claims and votes count."""
+    kind: Literal["open", "allowlist", "invite"] = "open"
+    """`open`: whoever comes. `allowlist`: the peers listed here, and nobody else's claims and votes count. `invite`:
+    the peers listed here, the founders, and those whom members invite."""
     peers: Annotated[tuple[PeerId, ...], Field(max_length=4096, strict=False)] = ()
     """Peer IDs, as `p2pasr id` prints them."""
+    invite_credit_rounds: Annotated[int, Field(ge=0, le=1_000_000)] = 4
+    """Rounds' worth of merged audio from which on a member that is no founder may invite others."""
+    invites_per_peer: Annotated[int, Field(ge=1, le=4096)] = 8
+    """Guests that one member can bring."""
+    work_bits: Annotated[int, Field(ge=0, le=32)] = 0
+    """Leading zero bits of the proof of work that a key needs to count: 2 to this power hashes, once. 0 for none."""
+    newcomers: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Claims of peers without credit that count in one group, as soon as somebody in it has credit; null for all."""
+    newcomer_share: Annotated[float, Field(gt=0, lt=1)] | None = 0.5
+    """Most that peers early in their probation weigh together, of a group's whole weight; null for no limit."""
 
     @model_validator(mode="after")
     def _the_list_is_used(self) -> AdmissionSection:
-        if (self.kind == "allowlist") != bool(self.peers):
-            raise ValueError("peers are listed with kind: allowlist, and only with it")
+        if (self.kind != "open") != bool(self.peers):
+            raise ValueError("peers are listed with kind: allowlist or kind: invite, and only with these")
         return self
 
 
@@ -297,10 +308,6 @@ class RunManifest(RunConfig):
     def run_id(self) -> bytes:
         """BLAKE3 of the canonical bytes, 32 bytes: the name of the run."""
         return blob_digest(self.canonical())
-
-    def admits(self, peer: str) -> bool:
-        """Whether a peer may take part."""
-        return self.admission.kind == "open" or peer in self.admission.peers
 
     @cached_property
     def most_seconds_per_round(self) -> float:

@@ -33,6 +33,9 @@ MAX_FINDINGS: Final = 32
 MAX_ANCESTORS: Final = 16
 """How many rounds back an attestation speaks."""
 
+MAX_INVITE_BYTES: Final = 512
+"""Longest signed invite; peers without merged work carry theirs in every record."""
+
 Digest = Annotated[bytes, Len(DIGEST_BYTES, DIGEST_BYTES)]
 PeerId = Annotated[str, StringConstraints(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$")]
 GroupId = Annotated[bytes, Len(8, 64)]
@@ -45,6 +48,43 @@ Stage = Literal["waiting", "training", "claimed", "mixing", "leaving"]
 
 _CLOSED: Final = ConfigDict(extra="forbid")
 """No unknown fields. Types need no strict mode: :func:`unseal` refuses whatever was coerced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Invite:
+    """A member lets somebody take part.
+
+    Attributes:
+        peer: who invites.
+        guest: who is invited.
+        expires: the last round in which the guest's first claim may count.
+    """
+
+    kind: ClassVar[str] = "invite"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    run: Digest
+    peer: PeerId
+    guest: PeerId
+    expires: Round
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What a peer shows to be admitted; see :mod:`p2pasr.protocol.admission`.
+
+    Attributes:
+        invite: a packed signed :class:`Invite`; empty where it has none or needs none.
+        nonce: its proof of work; 0 where the run asks for none.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    invite: Annotated[bytes, MaxLen(MAX_INVITE_BYTES)]
+    nonce: Annotated[int, Ge(0), Lt(1 << 63)]
+
+
+NO_TICKET: Final = Ticket(b"", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +106,7 @@ class Roster:
 
     run: Digest
     peer: PeerId
+    ticket: Ticket
     round: Round
     state: Digest
     stage: Stage
@@ -100,6 +141,7 @@ class Claim:
 
     run: Digest
     peer: PeerId
+    ticket: Ticket
     round: Round
     state: Digest
     shards: Annotated[tuple[Digest, ...], Len(1, 128)]
@@ -132,6 +174,7 @@ class Attestation:
 
     run: Digest
     peer: PeerId
+    ticket: Ticket
     round: Round
     state: Digest
     ancestors: Annotated[tuple[Digest, ...], MaxLen(MAX_ANCESTORS)]
@@ -304,6 +347,7 @@ class Mix:
 
     run: Digest
     peer: PeerId
+    ticket: Ticket
     round: Round
     state: Digest
     common: Digest
@@ -313,7 +357,7 @@ class Mix:
     chosen: Digest
 
 
-Message = Roster | Claim | Attestation | Receipt | Commitment | Audit | Accusation | Mix
+Message = Roster | Claim | Attestation | Receipt | Commitment | Audit | Accusation | Mix | Invite
 M = TypeVar("M", bound=Message)
 
 
@@ -397,5 +441,6 @@ def _as_map(value: Any) -> Any:
 
 
 _ADAPTERS: Final[dict[type, TypeAdapter[Any]]] = {
-    kind: TypeAdapter(kind) for kind in (Roster, Claim, Attestation, Receipt, Commitment, Audit, Accusation, Mix)
+    kind: TypeAdapter(kind)
+    for kind in (Roster, Claim, Attestation, Receipt, Commitment, Audit, Accusation, Mix, Invite)
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 from statistics import median
 from typing import Any, Final
@@ -39,6 +39,7 @@ class Ledger:
         credit: peer → seconds of audio of its claims that were merged since then.
         bans: peer → the round, since then, in which it was banned.
         strikes: peer → its strikes and the round of the last, of those that have had one since then.
+        guests: guest of whom the first claim was merged since then → who invited it.
     """
 
     epoch: int
@@ -46,6 +47,7 @@ class Ledger:
     credit: Mapping[str, float]
     bans: Mapping[str, int] = field(default_factory=dict)
     strikes: Mapping[str, Strike] = field(default_factory=dict)
+    guests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -56,8 +58,8 @@ class Ledger:
         """Its bytes; shards are named by their place in the manifest."""
         counts = [(place, self.covered.get(shard.digest, 0)) for place, shard in enumerate(manifest.shards)]
         covered = [pair for pair in counts if pair[1]]
-        names = {"bans": dict(self.bans), "credit": dict(self.credit), "strikes": dict(self.strikes)}
-        return pack({**names, "covered": covered, "epoch": self.epoch})
+        people = {"bans": dict(self.bans), "credit": dict(self.credit), "guests": dict(self.guests)}
+        return pack({**people, "strikes": dict(self.strikes), "covered": covered, "epoch": self.epoch})
 
     @classmethod
     def unpack(cls, data: bytes, manifest: RunManifest, cohort: Cohort, rounds: int) -> Ledger:
@@ -71,10 +73,10 @@ class Ledger:
         """
         content = unpack(data, MAX_LEDGER_BYTES)
         who = f"the ledger of cohort {cohort.name}"
-        if not isinstance(content, dict) or content.keys() != {"bans", "covered", "credit", "epoch", "strikes"}:
-            raise Reject(f"{who} is not {{bans, covered, credit, epoch, strikes}}")
+        if not isinstance(content, dict) or content.keys() != {field.name for field in fields(cls)}:
+            raise Reject(f"{who} is not {{bans, covered, credit, epoch, guests, strikes}}")
         covered, credit, epoch, bans = content["covered"], content["credit"], content["epoch"], content["bans"]
-        strikes = content["strikes"]
+        strikes, guests = content["strikes"], content["guests"]
         if type(epoch) is not int or not 0 <= epoch <= 1 << 31 or not isinstance(covered, tuple):
             raise Reject(f"{who} is malformed")
         if not all(_is_count(pair, len(manifest.shards)) for pair in covered):
@@ -87,10 +89,15 @@ class Ledger:
             raise Reject(f"{who} bans peers in something that is no round")
         if not isinstance(strikes, dict) or not all(map(is_strike, strikes.values())):
             raise Reject(f"{who} counts something that is no strike")
+        if not isinstance(guests, dict) or not all(isinstance(inviter, str) for inviter in guests.values()):
+            raise Reject(f"{who} names inviters that are no peers")
+        if not guests.keys() <= credit.keys() or (guests and manifest.admission.kind != "invite"):
+            raise Reject(f"{who} names guests of which nothing was merged, or in a run without invites")
         run = manifest.run_id
         if not all(cohort.has(run, peer) for peer in (*credit, *bans, *strikes)):
             raise Reject(f"{who} is about peers of another cohort")
-        ledger = cls(epoch, {manifest.shards[place].digest: count for place, count in covered}, credit, bans, strikes)
+        counted = {manifest.shards[place].digest: count for place, count in covered}
+        ledger = cls(epoch, counted, credit, bans, strikes, guests)
         if ledger.seconds > 1.001 * rounds * manifest.most_seconds_per_group:
             raise Reject(f"{who} has {ledger.seconds:.0f} s of audio, which {rounds} rounds of a group cannot hold")
         return ledger
@@ -107,6 +114,7 @@ def ledger_since(state: State, common: State) -> Ledger:
         {peer: seconds for peer, seconds in credit.items() if seconds > 0},
         {peer: number for peer, number in state.bans.items() if peer not in common.bans},
         {peer: each for peer, each in state.strikes.items() if common.strikes.get(peer) != each},
+        {guest: inviter for guest, inviter in state.guests.items() if guest not in common.guests},
     )
 
 
@@ -171,6 +179,7 @@ def mixed(
         credit=_credited(common.credit, ledgers),
         bans=_banned(common.bans, ledgers),
         strikes=_struck(common.strikes, ledgers, number + 1, manifest),
+        guests=_brought(common.guests, ledgers),
         bits=bits_for(peers, section.max_group, manifest.rounds.min_peers, common.bits),
     )
 
@@ -204,6 +213,7 @@ def caught_up(state: State, common: State, after: State, manifest: RunManifest) 
         credit=_credited(after.credit, [ledger]),
         bans=_banned(after.bans, [ledger]),
         strikes=_struck(after.strikes, [ledger], after.round + 1, manifest),
+        guests=_brought(after.guests, [ledger]),
         common=after.digest,
     )
 
@@ -228,6 +238,12 @@ def _struck(
     """Strikes that count in round `number`; what a peer's own cohort says of it is the latest."""
     fresh = {peer: each for ledger in ledgers for peer, each in ledger.strikes.items()}
     return remember_strikes({**strikes, **fresh}, number, manifest.verify)
+
+
+def _brought(guests: Mapping[str, str], ledgers: Iterable[Ledger]) -> dict[str, str]:
+    """Cohorts that work apart may each admit as many guests of one inviter as it can bring; all of them stay."""
+    fresh = {guest: inviter for ledger in ledgers for guest, inviter in ledger.guests.items()}
+    return dict(sorted({**fresh, **guests}.items()))
 
 
 # --- agreement ------------------------------------------------------------------------------------

@@ -6,11 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from p2pasr.errors import Ignore, Reject
+from p2pasr.protocol.admission import check_admitted
 from p2pasr.protocol.assignment import assign
 from p2pasr.protocol.cohorts import EVERYBODY, Cohort
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import Attestation, Claim, Mix, Receipt, Roster, Signed
 from p2pasr.protocol.signing import short
+from p2pasr.protocol.state import State
+from p2pasr.protocol.strikes import suspended
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class RoundView:
         bans: peer → the round in which it was banned.
         cohort: the one whose round it is.
         suspended: peer → the last round in which it takes no part, of those that take none in this one.
+        guests: guest of whom a claim was merged → who invited it.
     """
 
     manifest: RunManifest
@@ -35,6 +39,7 @@ class RoundView:
     bans: Mapping[str, int]
     cohort: Cohort = EVERYBODY
     suspended: Mapping[str, int] = field(default_factory=dict)
+    guests: Mapping[str, str] = field(default_factory=dict)
     _assigned: dict[str, tuple[bytes, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def assigned(self, peer: str) -> tuple[bytes, ...]:
@@ -42,6 +47,22 @@ class RoundView:
         if peer not in self._assigned:
             self._assigned[peer] = assign(self.manifest, self.state, self.covered, peer, self.cohort)
         return self._assigned[peer]
+
+
+def view_of(state: State, manifest: RunManifest, cohort: Cohort = EVERYBODY) -> RoundView:
+    """The round that starts from a state, as a cohort sees it."""
+    return RoundView(
+        manifest=manifest,
+        run=state.run,
+        round=state.round,
+        state=state.digest,
+        covered=state.covered,
+        credit=state.standing,
+        bans=state.bans,
+        cohort=cohort,
+        suspended=suspended(state.strikes, state.round, manifest.verify),
+        guests=state.guests,
+    )
 
 
 def check_claim(claim: Claim, view: RoundView) -> None:
@@ -82,9 +103,8 @@ def check_claim(claim: Claim, view: RoundView) -> None:
         raise Reject(f"{who} speaks against peers out of order, twice, or in vain")
     if not all(view.cohort.has(view.run, peer) for peer in claim.against):
         raise Reject(f"{who} speaks against peers of another cohort")
-    # C8 The run may admit listed peers only.
-    if not view.manifest.admits(claim.peer):
-        raise Ignore(f"{short(claim.peer)} is not among the peers that this run admits")
+    # C8 Its author may take part: the run is open to it, and it has done the work that the run asks of a key.
+    check_admitted(claim.peer, claim.ticket, view.manifest, view)
     # C9 Its author belongs to the cohort. Right after a mix all cohorts start from one state.
     if not view.cohort.has(view.run, claim.peer):
         raise Reject(f"{who} is by a peer of another cohort")
@@ -126,16 +146,19 @@ def check_roster(roster: Roster, run: bytes) -> None:
         raise Reject(f"the roster record of {short(roster.peer)} is for another run")
 
 
-def check_attestation(attestation: Attestation, manifest: RunManifest, run: bytes) -> None:
+def check_attestation(attestation: Attestation, view: RoundView) -> None:
     """May this attestation be counted?
+
+    Args:
+        view: the round that its reader is in, whichever the attestation is for.
 
     Raises:
         Ignore: its author takes no part in this run.
         Reject: it breaks a rule that its author could check.
     """
-    who = f"the attestation of {short(attestation.peer)}"
+    who, manifest = f"the attestation of {short(attestation.peer)}", view.manifest
     # A1 An attestation is for one run.
-    if attestation.run != run:
+    if attestation.run != view.run:
         raise Reject(f"{who} is for another run")
     # A2 A run has so many rounds; a state after the last is nobody's.
     if attestation.round > manifest.rounds.rounds:
@@ -148,8 +171,7 @@ def check_attestation(attestation: Attestation, manifest: RunManifest, run: byte
     if attestation.work > 1.001 * attestation.round * manifest.most_seconds_per_round:
         raise Reject(f"{who} states {attestation.work:.0f} s of audio, which {attestation.round} rounds cannot hold")
     # A5 Only those who may take part have a say.
-    if not manifest.admits(attestation.peer):
-        raise Ignore(f"{short(attestation.peer)} is not among the peers that this run admits")
+    check_admitted(attestation.peer, attestation.ticket, manifest, view)
 
 
 def check_mix(mix: Mix, cohort: Cohort, run: bytes) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2pasr.errors import Reject
+from p2pasr.protocol.admission import welcome
 from p2pasr.protocol.cohorts import MAX_BITS, bits_for, is_boundary
 from p2pasr.protocol.encoding import DIGEST_BYTES, blob_digest
 from p2pasr.protocol.manifest import RuleSection, RunManifest
@@ -26,7 +27,7 @@ NO_PARENT: Final = bytes(DIGEST_BYTES)
 _PARAM, _MOMENT = "param/", "moment/"
 _REFERENCE = "reference/"
 _FIELDS: Final = frozenset(
-    ("format", "run", "round", "parent", "epoch", "covered", "credit", "bans", "strikes", "bits", "common")
+    ("format", "run", "round", "parent", "epoch", "covered", "credit", "bans", "strikes", "guests", "bits", "common")
 )
 
 
@@ -45,6 +46,7 @@ class State:
         credit: peer → seconds of audio of its merged claims.
         bans: peer → the round in which it was banned.
         strikes: peer → how many of its strikes count, and the round of the last.
+        guests: guest of whom a claim was merged → who invited it.
         bits: those who hold it are split into 2^bits cohorts.
         common: digest of the state that all cohorts grew from; zeros if that is this one, and before a split.
     """
@@ -61,6 +63,7 @@ class State:
     bits: int = 0
     common: bytes = NO_PARENT
     strikes: dict[str, Strike] = field(default_factory=dict)
+    guests: dict[str, str] = field(default_factory=dict)
 
     @property
     def pieces(self) -> tuple[bytes | memoryview, ...]:
@@ -77,6 +80,7 @@ class State:
             "credit": self.credit,
             "bans": self.bans,
             "strikes": self.strikes,
+            "guests": self.guests,
             "bits": self.bits,
             "common": self.common.hex(),
         }
@@ -111,7 +115,12 @@ class State:
     @property
     def standing(self) -> dict[str, float]:
         """Peer → the credit by which it is trusted: all of it, and none while a strike counts."""
-        return {peer: seconds for peer, seconds in self.credit.items() if peer not in self.strikes}
+        return standing(self.credit, self.strikes)
+
+
+def standing(credit: Mapping[str, float], strikes: Mapping[str, Strike]) -> dict[str, float]:
+    """Peer → the credit by which it is trusted, see :attr:`State.standing`."""
+    return {peer: seconds for peer, seconds in credit.items() if peer not in strikes}
 
 
 def genesis(manifest: RunManifest, params: Tensors) -> State:
@@ -178,6 +187,7 @@ def parse_state(blob: bytes, manifest: RunManifest, like: Tensors | None) -> Sta
             bits=meta["bits"],
             common=bytes.fromhex(meta["common"]),
             strikes={peer: (count, last) for peer, (count, last) in meta["strikes"].items()},
+            guests=meta["guests"],
         )
         sound = meta["format"] == FORMAT and state.digest == blob_digest(blob)
     except ValueError as error:
@@ -194,7 +204,7 @@ def _check_ledger(meta: Mapping[str, Any], manifest: RunManifest) -> None:
         Reject: no.
     """
     shards = {shard.digest for shard in manifest.shards}
-    covered, credit, bans = meta.get("covered"), meta.get("credit"), meta.get("bans")
+    covered, credit, bans, guests = (meta.get(name) for name in ("covered", "credit", "bans", "guests"))
     numbers = (meta.get("round"), meta.get("epoch"), meta.get("bits"))
     digests = (meta.get("run"), meta.get("parent"), meta.get("common"))
     sound = (
@@ -214,6 +224,8 @@ def _check_ledger(meta: Mapping[str, Any], manifest: RunManifest) -> None:
         and all(isinstance(peer, str) and type(number) is int and number >= 0 for peer, number in bans.items())
         and isinstance(meta["strikes"], dict)
         and all(isinstance(peer, str) and is_strike(each) for peer, each in meta["strikes"].items())
+        and isinstance(guests, dict)
+        and all(isinstance(name, str) for pair in guests.items() for name in pair)
     )
     if not sound:
         raise Reject("a state's description is malformed")
@@ -223,7 +235,7 @@ def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params
     """S_{r+1}: the ledger folded over the merged claims, with the outer optimizer's new parameters.
 
     Args:
-        claims: those that are in every part of the average; their order does not matter.
+        claims: those that count and are in every part of the average; their order does not matter.
         params, moments: what the outer optimizer made of the average, see :func:`remember` for more moments.
     """
     merged = sorted(claims, key=lambda claim: claim.peer)
@@ -241,6 +253,7 @@ def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params
         strikes=strike(state.strikes, merged, state.round, manifest.verify),
         bits=bits_after(state.round, state.bits, len(merged), manifest),
         common=(state.digest if state.is_common else state.common) if state.bits else NO_PARENT,
+        guests=welcome(state.guests, merged, manifest),
     )
 
 

@@ -29,14 +29,14 @@ from p2pasr.averaging import rules
 from p2pasr.averaging.codec import Flat, Layout
 from p2pasr.averaging.merkle import Tree
 from p2pasr.errors import LocalError, Reject, RemoteError
+from p2pasr.protocol.admission import newcomers
 from p2pasr.protocol.cohorts import cohort_of
 from p2pasr.protocol.encoding import DIGEST_BYTES, MEBIBYTE, blob_digest, pack, unpack
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Claim, Receipt, Signed, unseal
-from p2pasr.protocol.rules import RoundView, check_claim
+from p2pasr.protocol.rules import check_claim, view_of
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, parse_state
-from p2pasr.protocol.strikes import suspended
 from p2pasr.protocol.tensors import Tensors, forms, unpack_tensors
 from p2pasr.verify.compare import Comparison, compare
 from p2pasr.verify.conflict import Conflict
@@ -290,8 +290,9 @@ def reduce_again(
         cut = list(layout.cuts())[index]
         reference = codec.decode(codec.encode(Flat(before.reference)[cut]), size)
     order = rules.drawn_order(before.digest, [claim.peer for claim in claims])
-    weights = rules.weights(claims, manifest, before.standing)
-    return codec.encode(rules.aggregate(decoded, weights, manifest.averaging.rule, rules.Center(reference, order)))
+    weights = rules.weights(claims, manifest, before.standing, before.guests)
+    center = rules.Center(reference, order, newcomers(claims, manifest, before.standing))
+    return codec.encode(rules.aggregate(decoded, weights, manifest.averaging.rule, center))
 
 
 @dataclass(frozen=True, slots=True)
@@ -484,9 +485,7 @@ def _state_of_round(blob: bytes, claims: Sequence[Claim], judge: Judge) -> State
     if blob_digest(blob) != claim.state or claim.run != manifest.run_id:
         raise Reject("a proof holds another state than the claim starts from")
     state = parse_state(blob, manifest, judge.like)
-    cohort, out = cohort_of(state.run, claim.peer, state.bits), suspended(state.strikes, state.round, manifest.verify)
-    ledger = state.covered, state.standing, state.bans
-    view = RoundView(manifest, state.run, state.round, state.digest, *ledger, cohort, out)
+    view = view_of(state, manifest, cohort_of(state.run, claim.peer, state.bits))
     for each in claims:
         check_claim(each, view)
     return state

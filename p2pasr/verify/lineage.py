@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from p2pasr.errors import RemoteError
+from p2pasr.protocol.admission import counting, welcome
 from p2pasr.protocol.cohorts import EVERYBODY, cohort_of
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.rules import RoundView
-from p2pasr.protocol.state import State, bits_after, condemn, cover, earn
+from p2pasr.protocol.state import State, bits_after, condemn, cover, earn, standing
 from p2pasr.protocol.strikes import strike, suspended
 from p2pasr.verify.record import MixRecord, RoundRecord, check_mix_record, check_record
 
@@ -39,16 +40,16 @@ def follow(
         average: an encoded average by its digest, None where it is not kept.
     """
     number, state, covered, credit = start.round, start.digest, start.covered, start.credit
-    bans, strikes, bits = start.bans, start.strikes, start.bits
+    bans, strikes, bits, guests = start.bans, start.strikes, start.bits, start.guests
     for record in records:
+        claims = () if isinstance(record, MixRecord) else tuple(member.message for member in record.members)
+        cohort = cohort_of(manifest.run_id, claims[0].peer, bits) if claims else EVERYBODY
+        trusted, out = standing(credit, strikes), suspended(strikes, number, manifest.verify)
+        view = RoundView(manifest, manifest.run_id, number, state, covered, trusted, bans, cohort, out, guests)
         try:
             if isinstance(record, MixRecord):
-                check_mix_record(record, manifest, number, state, bits)
+                check_mix_record(record, view, bits)
             else:
-                peers = [member.message.peer for member in record.members]
-                cohort = cohort_of(manifest.run_id, peers[0], bits) if peers else EVERYBODY
-                out = suspended(strikes, number, manifest.verify)
-                view = RoundView(manifest, manifest.run_id, number, state, covered, credit, bans, cohort, out)
                 check_record(record, view, average(record.average))
         except RemoteError as error:
             yield Checked(record, str(error))
@@ -56,9 +57,11 @@ def follow(
         yield Checked(record, None)
         if isinstance(record, MixRecord):
             covered, credit, bans, bits = record.covered, record.credit, record.bans, record.bits
-            strikes = record.strikes
+            strikes, guests = record.strikes, record.guests
         else:
-            merged = record.merged()
+            counted = counting(claims, manifest, trusted, guests)
+            merged = [claim for claim in record.merged() if claim.peer in counted]
+            guests = welcome(guests, merged, manifest)
             covered, _ = cover(covered, merged, manifest)
             credit = earn(credit, merged, manifest)
             bans = condemn(bans, merged, number)

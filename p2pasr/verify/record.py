@@ -13,7 +13,6 @@ from p2pasr.averaging.merkle import part_digests
 from p2pasr.errors import Reject
 from p2pasr.protocol.cohorts import MAX_BITS, is_boundary
 from p2pasr.protocol.encoding import MEBIBYTE, blob_digest, pack, unpack
-from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import (
     MAX_RECEIPT_BYTES,
     Attestation,
@@ -113,7 +112,7 @@ class MixRecord:
     Attributes:
         before, after: digests of the cohort's states before and after the mix.
         next_round: the round that begins with the state after it.
-        covered, credit, bans, strikes, bits: as in that state.
+        covered, credit, bans, strikes, bits, guests: as in that state.
         receipts: what mates stated of the shares that they reduced for this peer.
         attestations: those for `after` that were seen when the mix was committed.
     """
@@ -128,6 +127,7 @@ class MixRecord:
     bans: dict[str, int]
     strikes: dict[str, Strike]
     bits: int
+    guests: dict[str, str]
     receipts: tuple[Signed[Receipt], ...]
     attestations: tuple[Signed[Attestation], ...]
 
@@ -174,6 +174,7 @@ class _PackedMix(BaseModel):
     bans: dict[str, int]
     strikes: dict[str, Strike]
     bits: Annotated[int, Ge(0), Le(MAX_BITS)]
+    guests: dict[str, str]
     receipts: tuple[bytes, ...]
     attestations: tuple[bytes, ...]
 
@@ -235,16 +236,17 @@ def check_record(record: RoundRecord, view: RoundView, average: bytes | None) ->
     check_receipts(record.receipts, record.group, record.members, layout.parts)
     if average is not None:
         _check_average(record, average, layout)
-    _check_attestations(record, view.manifest)
+    _check_attestations(record, view)
 
 
-def check_mix_record(record: MixRecord, manifest: RunManifest, number: int, state: bytes, bits: int) -> None:
-    """Is this the record of a mix in round `number`, from this state of one of 2^bits cohorts?
+def check_mix_record(record: MixRecord, view: RoundView, bits: int) -> None:
+    """Is this the record of a mix in this round, from the state of one of 2^bits cohorts?
 
     Raises:
         RemoteError: no, or nobody vouches for what came of it.
     """
-    if (record.run, record.round, record.before) != (manifest.run_id, number, state):
+    manifest, number = view.manifest, view.round
+    if (record.run, record.round, record.before) != (view.run, number, view.state):
         raise Reject(f"the record is of round {record.round} from state {record.before.hex()[:8]}, not of this one")
     section, rounds = manifest.averaging, manifest.rounds
     if bits == 0 or not is_boundary(number, rounds.rounds, section.mix_rounds):
@@ -254,13 +256,13 @@ def check_mix_record(record: MixRecord, manifest: RunManifest, number: int, stat
     for receipt in (signed.message for signed in record.receipts):
         if (receipt.run, receipt.round, receipt.state) != (record.run, record.round, record.before):
             raise Reject(f"the receipt of {short(receipt.peer)} is about another mix")
-    _check_attestations(record, manifest)
+    _check_attestations(record, view)
 
 
-def _check_attestations(record: RoundRecord | MixRecord, manifest: RunManifest) -> None:
+def _check_attestations(record: RoundRecord | MixRecord, view: RoundView) -> None:
     if not record.attestations:
         raise Reject(f"nobody attests state {record.after.hex()[:8]}, which the record says came of the round")
     for attestation in (signed.message for signed in record.attestations):
-        check_attestation(attestation, manifest, record.run)
+        check_attestation(attestation, view)
         if attestation.at(record.next_round) != record.after or attestation.at(record.round) != record.before:
             raise Reject(f"{short(attestation.peer)} attests another state than the record says came of the round")

@@ -27,6 +27,7 @@ from p2pasr.peers.exchange import BlobExchange
 from p2pasr.peers.host import Host
 from p2pasr.peers.journal import Journal
 from p2pasr.peers.records import Records
+from p2pasr.protocol.admission import newcomers
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import Receipt, Signed, seal
@@ -116,6 +117,7 @@ class Arena:
     """
 
     def __init__(self, folder: Path, peers: int, attacks: dict[int, Attack] | None = None, **changes: Any) -> None:
+        self._folder = folder
         self._patch = pytest.MonkeyPatch()
         for module in (blobs, journal):
             self._patch.setattr(module, "sync", lambda _path: None)  # nobody cuts the power here
@@ -126,6 +128,15 @@ class Arena:
         self._network = LocalNetwork(folder, self.manifest.run_id)
         self._journals: list[Journal] = []
         self.players = [self._join(folder, number, (attacks or {}).get(number)) for number in range(peers)]
+
+    def arrive(self, count: int, attack: Attack | None = None) -> list[Player]:
+        """New keys join with the state that everybody holds."""
+        held, first = self.state, len(self.players)
+        fresh = [self._join(self._folder, number, attack) for number in range(first, first + count)]
+        for player in fresh:
+            story.hold(player.member, held)
+        self.players += fresh
+        return fresh
 
     def __enter__(self) -> Arena:
         return self
@@ -239,11 +250,14 @@ class Arena:
     def _reduce(self, players: Sequence[Player]) -> Merged:
         claims = tuple(player.work.claim for player in players)
         layout = Layout.of(self.manifest.parameters, self.manifest.averaging)
-        weights = rules.weights([claim.message for claim in claims], self.manifest, players[0].member.state.standing)
+        messages, held = [claim.message for claim in claims], players[0].member.state
+        weights = rules.weights(messages, self.manifest, held.standing, held.guests)
+        new = newcomers(messages, self.manifest, held.standing)
         split = shares.split(layout.parts, [1.0] * len(players))
         group = blob_digest(b"".join(claim.digest for claim in claims))
         everybody = frozenset(range(len(players)))
-        members = Members(group, claims, split, tuple(weights), everybody, self.manifest.averaging.rule)
+        rule = self.manifest.averaging.rule
+        members = Members(group, claims, split, weights, everybody, rule, newcomers=new)
         kept: dict[int, bytes] = {}
         receipts: list[Signed[Receipt]] = []
         for position in members.reducers:

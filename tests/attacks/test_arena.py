@@ -17,9 +17,11 @@ import pytest
 from p2pasr import auditing, withholding
 from p2pasr import round as story
 from p2pasr.auditing import convict
+from p2pasr.averaging.rules import weights
 from p2pasr.errors import Ignore, LocalError, P2pasrError, Reject, TransportError
+from p2pasr.protocol.admission import work
 from p2pasr.protocol.encoding import blob_digest
-from p2pasr.protocol.messages import Accusation, Audit, Charge, Finding, seal
+from p2pasr.protocol.messages import Accusation, Audit, Charge, Finding, Invite, Ticket, seal
 from p2pasr.protocol.rules import check_claim
 from p2pasr.protocol.state import State, parse_state
 from p2pasr.verify import evidence, openings
@@ -28,7 +30,7 @@ from p2pasr.verify.conflict import Conflict
 from p2pasr.verify.evidence import ConflictProof, pack_proof
 from tests.attacks import adversary
 from tests.attacks.adversary import scaled, trains
-from tests.attacks.arena import Arena, Attack
+from tests.attacks.arena import Arena, Attack, Player
 from tests.attacks.stranger import verdict
 from tests.attacks.tiny import TinyTask, held_out_loss
 from tests.unit.builders import make_identity
@@ -452,6 +454,128 @@ def test_who_is_called_unavailable_by_a_peer_that_was_not_drawn_is_asked_nothing
     liar.records.announce_audit(audit, liar.cohort)
     swarm.play(1)
     assert list(withholding.find_doubts(swarm.players[2].member, record)) == []
+
+
+# --- new keys -----------------------------------------------------------------------------------------------
+
+
+def flooded(arena: MakeArena, cheats: int = 8, **admission: Any) -> tuple[Arena, float]:
+    """Four peers through their probation, whom more new keys with flipped labels join; how far those move the state."""
+    swarm = arena(verify={"rate": 0.0, "parts": 0}, admission=admission)
+    swarm.play(6)
+    before = held_out_loss(swarm.state.params)
+    swarm.arrive(cheats, trains(adversary.flipped_labels))
+    swarm.play(2)
+    return swarm, held_out_loss(swarm.state.params) - before
+
+
+def test_a_flood_of_new_keys_does_less_harm_than_without_a_limit(arena: MakeArena) -> None:
+    _, limited = flooded(arena)
+    _, rationed = flooded(arena, newcomers=1)
+    _, free = flooded(arena, newcomer_share=None)
+    assert limited < 0.5 * free
+    assert rationed < 0.5 * free
+
+
+def test_keys_beyond_the_ration_of_newcomers_are_told_so_and_earn_nothing(arena: MakeArena) -> None:
+    swarm, _ = flooded(arena, newcomers=1)
+    fresh = swarm.players[PEERS:]
+    assert sum(player.peer in swarm.state.credit for player in fresh) == 2, "one in each of two rounds"
+    assert all(
+        any("has no room for this newcomer" in event["message"] for event in player.member.report.seen("warning"))
+        for player in fresh
+        if player.peer not in swarm.state.credit
+    )
+
+
+INVITING = {"kind": "invite", "peers": tuple(make_identity(number + 1).peer for number in range(PEERS))}
+
+
+def ticket_for(guest: Player, by: Player, /, **changes: Any) -> Ticket:
+    invite = Invite(**{"run": by.member.state.run, "peer": by.peer, "guest": guest.peer, "expires": 100, **changes})
+    return Ticket(seal(by.member.identity, invite).pack(), 0)
+
+
+def claim_alone(player: Player) -> story.Work:
+    shards = story.assign_shards(player.member)
+    return story.commit(player.member, shards, *story.train(player.member, shards, 1))
+
+
+def test_after_a_ban_a_new_key_needs_a_new_invite_and_begins_anew(arena: MakeArena) -> None:
+    swarm = arena(admission=INVITING)
+    (guest,) = swarm.arrive(1, scaled(-10))
+    guest.member.ticket = ticket_for(guest, swarm.players[1])
+    swarm.play(3)
+    assert swarm.banned == {PEERS}
+    assert swarm.state.guests == {guest.peer: swarm.players[1].peer}
+    (again,) = swarm.arrive(1)
+    again.member.ticket = guest.member.ticket
+    other = swarm.players[0].member
+    claim_alone(again)
+    assert again.peer not in other.records.claims(other.view)
+    again.member.ticket = ticket_for(again, swarm.players[1])
+    claim_alone(again)
+    claims = [other.records.claims(other.view)[again.peer].message]
+    assert weights(claims, swarm.manifest, {}, {}) < weights(claims, swarm.manifest, {again.peer: 1e9}, {})
+
+
+def test_after_a_ban_a_new_key_needs_new_work(arena: MakeArena) -> None:
+    bits = 8
+    swarm = arena(peers=2, admission={"work_bits": bits})
+    one, other = swarm.players
+    nonce = work(swarm.state.run, one.peer, bits, 0, lambda _: None)
+    one.member.ticket = Ticket(b"", nonce)
+    claim_alone(one)
+    assert one.peer in other.member.records.claims(other.member.view)
+    (again,) = swarm.arrive(1)
+    again.member.ticket = one.member.ticket
+    claim_alone(again)
+    assert again.peer not in other.member.records.claims(other.member.view)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda ticket: replace(ticket, invite=b""),
+        lambda ticket: replace(ticket, invite=ticket.invite[:-1] + bytes([ticket.invite[-1] ^ 1])),
+        {"expires": 0},
+        {"run": bytes(32)},
+        {"guest": make_identity(99).peer},
+    ],
+    ids=["none", "forged", "expired", "of another run", "of another guest"],
+)
+def test_nobody_hears_a_stranger_whose_invite_is_no_good(arena: MakeArena, spoil: Any) -> None:
+    swarm = arena(admission=INVITING)
+    swarm.play(1)
+    (stranger,) = swarm.arrive(1)
+    other = swarm.players[0].member
+    good = ticket_for(stranger, swarm.players[1])
+    stranger.member.ticket = ticket_for(stranger, swarm.players[1], **spoil) if isinstance(spoil, dict) else spoil(good)
+    for ticket, heard in ((stranger.member.ticket, False), (good, True)):
+        stranger.member.ticket = ticket
+        claim_alone(stranger)
+        story.publish_attestation(stranger.member, stranger.member.state)
+        assert (stranger.peer in other.records.claims(other.view)) == heard
+        assert (stranger.peer in story.attestations(other)) == heard
+        assert (stranger.peer in other.in_our_round(other.records.roster(other.cohort))) == heard
+
+
+def test_a_member_that_invites_without_end_brings_no_more_votes_than_guests(arena: MakeArena) -> None:
+    swarm = arena(admission={**INVITING, "invites_per_peer": 2})
+    swarm.play(1)
+    other = swarm.players[0].member
+    for stranger in swarm.arrive(5):
+        stranger.member.ticket = ticket_for(stranger, swarm.players[1])
+        stranger.member.say("training")
+        claim_alone(stranger)
+        story.publish_attestation(stranger.member, stranger.member.state)
+    members = {player.peer for player in swarm.players[:PEERS]}
+    assert len(other.records.claims(other.view).keys() - members) == 2
+    assert len(story.attestations(other).keys() - members) == 2
+    assert len(other.in_our_round(other.records.roster(other.cohort)).keys() - members) == 2
+    swarm.play(1)
+    assert len(swarm.state.guests) == 2
+    assert len(swarm.state.credit) == PEERS + 2
 
 
 # --- what is not answered yet -------------------------------------------------------------------------------

@@ -22,13 +22,14 @@ from p2pasr.peers.config import LinkConfig, NodeConfig
 from p2pasr.peers.host import Host
 from p2pasr.peers.identity import Identity
 from p2pasr.peers.streams import Pacer, Stream
+from p2pasr.protocol.admission import newcomers
 from p2pasr.protocol.assignment import assign
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RunManifest
-from p2pasr.protocol.messages import Attestation, Claim, Mix, PartReceipt, Receipt, Roster, Signed, seal
+from p2pasr.protocol.messages import NO_TICKET, Attestation, Claim, Mix, PartReceipt, Receipt, Roster, Signed, seal
 from p2pasr.protocol.rules import RoundView
+from p2pasr.protocol.rules import view_of as round_view
 from p2pasr.protocol.state import State, genesis, params_digest
-from p2pasr.protocol.strikes import suspended
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, SegmentReport
 from p2pasr.verify.record import RoundRecord
@@ -99,8 +100,7 @@ def make_state(manifest: RunManifest) -> State:
 
 def view_of(manifest: RunManifest, state: State) -> RoundView:
     """What a peer that holds this state judges the round by."""
-    ledger, out = (state.covered, state.standing, state.bans), suspended(state.strikes, state.round, manifest.verify)
-    return RoundView(manifest, state.run, state.round, state.digest, *ledger, suspended=out)
+    return round_view(state, manifest)
 
 
 def make_claim(who: Identity, manifest: RunManifest, held: State, /, **changes: Any) -> Claim:
@@ -110,6 +110,7 @@ def make_claim(who: Identity, manifest: RunManifest, held: State, /, **changes: 
     fields: dict[str, Any] = {
         "run": held.run,
         "peer": who.peer,
+        "ticket": NO_TICKET,
         "round": held.round,
         "state": held.digest,
         "shards": assign(manifest, held.digest, held.covered, who.peer),
@@ -133,6 +134,7 @@ def make_attestation(who: Identity, held: State, /, **changes: Any) -> Attestati
     fields: dict[str, Any] = {
         "run": held.run,
         "peer": who.peer,
+        "ticket": NO_TICKET,
         "round": held.round,
         "state": held.digest,
         "ancestors": (held.parent,) if held.round else (),
@@ -146,6 +148,7 @@ def make_roster(who: Identity, held: State, /, **changes: Any) -> Roster:
     fields: dict[str, Any] = {
         "run": held.run,
         "peer": who.peer,
+        "ticket": NO_TICKET,
         "round": held.round,
         "state": held.digest,
         "stage": "training",
@@ -164,6 +167,7 @@ def make_mix(who: Identity, held: State, /, **changes: Any) -> Mix:
     fields: dict[str, Any] = {
         "run": held.run,
         "peer": who.peer,
+        "ticket": NO_TICKET,
         "round": held.round,
         "state": held.digest,
         "common": digest_of("the state before the cohorts parted"),
@@ -233,8 +237,10 @@ def finish_round(manifest: RunManifest, before: State, after: bytes | None = Non
     members = tuple(
         seal(who, delta_claim(who, manifest, before, delta)) for who, delta in zip(identities, deltas, strict=True)
     )
-    weights = rules.weights([member.message for member in members], manifest, before.credit)
-    center = rules.Center(None, rules.drawn_order(before.digest, [who.peer for who in identities]))
+    claims = [member.message for member in members]
+    weights = rules.weights(claims, manifest, before.standing, before.guests)
+    order = rules.drawn_order(before.digest, [who.peer for who in identities])
+    center = rules.Center(None, order, newcomers(claims, manifest, before.standing))
     encoded = [layout.encode(delta) for delta in deltas]
     results = {}
     for index in range(layout.parts):

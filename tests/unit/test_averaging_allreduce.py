@@ -65,7 +65,7 @@ def members_of(count: int, reducers: tuple[int, ...] | None = None) -> Members:
         seal(make_identity(n + 1), delta_claim(make_identity(n + 1), MANIFEST, STATE, random_delta(n)))
         for n in range(count)
     )
-    weighing = weights([claim.message for claim in claims], MANIFEST, {})
+    weighing = weights([claim.message for claim in claims], MANIFEST, {}, {})
     return Members(GROUP, claims, shares_of(count, reducers), weighing, frozenset(reducers or range(count)))
 
 
@@ -281,7 +281,8 @@ def test_members_weigh_what_the_ledger_of_the_state_trusts_them_with() -> None:
     members = members_of(3)
     credit = {members.claims[1].message.peer: 1e6}
     checked = check_group(group_of(members), dataclasses.replace(VIEW, credit=credit), members.claims[0])
-    assert checked.weights == weights([claim.message for claim in members.claims], MANIFEST, credit) != members.weights
+    claims = [claim.message for claim in members.claims]
+    assert checked.weights == weights(claims, MANIFEST, credit, {}) != members.weights
 
 
 def test_a_peer_alone_reduces_even_in_client_mode() -> None:
@@ -986,6 +987,7 @@ def call_of(host: Host, claim: Signed[Claim], delta: bytes) -> dict[str, Any]:
         "credit": {},
         "bans": {},
         "suspended": {},
+        "guests": {},
         "bits": 0,
         "claim": claim.pack(),
         "delta": host.store.put("delta", delta),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2pasr.averaging import rules
 from p2pasr.averaging.codec import Vector
 from p2pasr.averaging.rules import (
     Center,
@@ -23,7 +25,6 @@ from p2pasr.averaging.rules import (
     trimmed_mean,
     trust,
     weighted_mean,
-    weights,
 )
 from p2pasr.protocol.manifest import RuleSection, RunManifest
 from p2pasr.protocol.messages import Claim, message_digest
@@ -35,6 +36,7 @@ MANIFEST = make_manifest()
 STATE = make_state(MANIFEST)
 SECONDS = shard_seconds(MANIFEST)
 FIRST = make_manifest(data={"duplicates": "first"})
+weights = partial(rules.weights, guests={})
 EARNED = {make_identity(number).peer: 1e6 for number in range(1, 10)}
 """The credit of peers that weigh in full."""
 
@@ -142,7 +144,7 @@ def test_among_newcomers_only_nobody_is_worse_off(segments: list[int]) -> None:
 
 
 def test_the_cap_binds_trusted_weights() -> None:
-    manifest = make_manifest(averaging={"weight_cap": 1.5})
+    manifest = make_manifest(averaging={"weight_cap": 1.5}, admission={"newcomer_share": None})
     claims = [claim_of(number, 0, 1, segments=4) for number in (1, 2, 3)]
     assert weights(claims, manifest, {claims[2].peer: 1e6}) == (121 / 4, 121 / 4, 1.5 * 121 / 4)
 

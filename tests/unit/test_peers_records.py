@@ -98,14 +98,14 @@ def test_attestations_are_those_of_this_run(world: World) -> None:
     world.publish(ANNE, make_attestation(ANNE, STATE))
     world.publish(BEN, make_attestation(BEN, STATE, run=digest_of("another run")))
     world.publish(ME, make_attestation(ME, STATE))
-    found = world.records.attestations(MANIFEST, EVERYBODY)
+    found = world.records.attestations(VIEW, EVERYBODY)
     assert {peer: signed.message for peer, signed in found.items()} == {ANNE.peer: make_attestation(ANNE, STATE)}
     assert len(world.bad) == 1
 
 
 def test_a_record_under_somebody_elses_name_is_left_out_and_told(world: World) -> None:
     world.publish(ANNE, make_attestation(ANNE, STATE), owner=BEN.peer)
-    assert world.records.attestations(MANIFEST, EVERYBODY) == {}
+    assert world.records.attestations(VIEW, EVERYBODY) == {}
     assert world.bad == [f"…{BEN.peer[-6:]} published a attestation of …{ANNE.peer[-6:]}"]
 
 
@@ -148,7 +148,7 @@ def test_a_cohort_reads_and_writes_in_places_of_its_own(world: World, bits: int)
     for read in (
         lambda: world.records.roster(cohort),
         lambda: world.records.claims(view),
-        lambda: world.records.attestations(MANIFEST, cohort),
+        lambda: world.records.attestations(VIEW, cohort),
         lambda: world.records.mixes(cohort, 7),
     ):
         read()
@@ -170,7 +170,7 @@ def test_what_a_peer_publishes_in_another_cohort_is_left_out_and_told(world: Wor
     assert ours != theirs
     for who in (ANNE, BEN):
         world.publish(who, make_attestation(who, STATE))
-    assert set(world.records.attestations(MANIFEST, ours)) == {ANNE.peer}
+    assert set(world.records.attestations(VIEW, ours)) == {ANNE.peer}
     assert world.bad == [f"…{BEN.peer[-6:]} published a attestation in cohort {ours.name}, where it does not belong"]
 
 

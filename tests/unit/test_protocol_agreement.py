@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pasr.protocol.agreement import Agreement, agree, quorum
-from p2pasr.protocol.messages import Attestation
+from p2pasr.protocol.messages import NO_TICKET, Attestation
 
 from .builders import digest_of
 
@@ -21,7 +21,7 @@ RUN = digest_of("run")
 def attest(peer: str, round_number: int, state: str, parent: str | None = None, work: float = 0.0) -> Attestation:
     """`peer` attests the state of a name, and two before it of the same name, if not said otherwise."""
     ancestors = tuple(named(n, parent or state) for n in range(round_number - 1, max(round_number - 3, -1), -1))
-    return Attestation(RUN, peer, round_number, named(round_number, state), ancestors, work)
+    return Attestation(RUN, peer, NO_TICKET, round_number, named(round_number, state), ancestors, work)
 
 
 def named(round_number: int, state: str) -> bytes:

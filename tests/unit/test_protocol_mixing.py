@@ -14,7 +14,7 @@ from p2pasr.errors import Reject
 from p2pasr.protocol import mixing
 from p2pasr.protocol.cohorts import Cohort, cohort_of
 from p2pasr.protocol.encoding import pack, unpack
-from p2pasr.protocol.messages import MAX_ANCESTORS, Attestation, Mix
+from p2pasr.protocol.messages import MAX_ANCESTORS, NO_TICKET, Attestation, Mix
 from p2pasr.protocol.mixing import NO_CHOICE, Ledger, Part, Tally, choice, decide
 from p2pasr.protocol.state import State, advance, mix_due, parse_state
 
@@ -184,7 +184,7 @@ def test_a_ledger_survives_its_bytes(index: int) -> None:
         ({"strikes": []}, "no strike"),
         ({"strikes": {HALVES[0][0].peer: [0, 1]}}, "no strike"),
         ({"strikes": {HALVES[1][0].peer: [1, 1]}}, "another cohort"),
-        ({"more": 1}, "is not {bans, covered, credit, epoch, strikes}"),
+        ({"more": 1}, "is not {bans, covered, credit, epoch, guests, strikes}"),
     ],
 )
 def test_a_ledger_that_cannot_be_is_refused(change: dict[str, Any], sentence: str) -> None:
@@ -267,8 +267,9 @@ def tally_of(votes: dict[int, int], stated: dict[int, int], chosen: tuple[int, .
     for index, state in enumerate((grown(0, 4), grown(1, 4))):
         line = (digest_of("3"), digest_of("2"), digest_of("1"), COMMON.digest)
         peers = HALVES[index]
+        voters = [who.peer for who in peers[: votes[index]]]
         tally.see_attestations(
-            index, [Attestation(COMMON.run, who.peer, 4, state.digest, line, 1.0) for who in peers[: votes[index]]]
+            index, [Attestation(COMMON.run, peer, NO_TICKET, 4, state.digest, line, 1.0) for peer in voters]
         )
         mixes = [mix_of(who, state) for who in peers[: stated[index]]]
         tally.see_mixes(index, mixes)
@@ -321,8 +322,8 @@ def test_peers_of_another_line_have_no_say_and_those_that_came_later_do() -> Non
     state = grown(0, 4).digest
     who = [identity.peer for identity in HALVES[0]]
     line = (digest_of("3"), digest_of("2"), digest_of("1"), digest_of("another start"))
-    strangers = [Attestation(COMMON.run, peer, 4, state, line, 1.0) for peer in who[:2]]
-    newcomers = [Attestation(COMMON.run, peer, 4, state, line[:1], 1.0) for peer in who[2:]]
+    strangers = [Attestation(COMMON.run, peer, NO_TICKET, 4, state, line, 1.0) for peer in who[:2]]
+    newcomers = [Attestation(COMMON.run, peer, NO_TICKET, 4, state, line[:1], 1.0) for peer in who[2:]]
     tally.see_attestations(0, strangers + newcomers)
     assert tally.attesters[0] == set(who[2:])
 
@@ -344,10 +345,11 @@ def test_the_result_of_others_counts_when_more_than_half_of_all_attest_it() -> N
     tally = tally_of({0: 4, 1: 4}, {0: 4, 1: 4})
     after = WITHOUT.digest
     line = (grown(0, 4).digest, digest_of("3"), digest_of("2"), digest_of("1"), COMMON.digest)
-    done = [Attestation(COMMON.run, who.peer, 5, after, line, 1.0) for who in HALVES[0]]
+    done = [Attestation(COMMON.run, who.peer, NO_TICKET, 5, after, line, 1.0) for who in HALVES[0]]
     tally.see_attestations(0, done)
     assert tally.result() is None, "half is not more than half"
-    third = [Attestation(COMMON.run, HALVES[1][0].peer, 6, digest_of("later"), (after, *line)[:MAX_ANCESTORS], 1.0)]
-    rest = [Attestation(COMMON.run, who.peer, 4, digest_of("4"), line[1:], 1.0) for who in HALVES[1][1:]]
+    longer = (after, *line)[:MAX_ANCESTORS]
+    third = [Attestation(COMMON.run, HALVES[1][0].peer, NO_TICKET, 6, digest_of("later"), longer, 1.0)]
+    rest = [Attestation(COMMON.run, who.peer, NO_TICKET, 4, digest_of("4"), line[1:], 1.0) for who in HALVES[1][1:]]
     tally.see_attestations(1, third + rest)
     assert tally.result() == after

@@ -138,11 +138,11 @@ def test_c8_and_a5_a_run_may_admit_listed_peers_only() -> None:
     state = make_state(listed)
     stranger = make_identity(2)
     check_claim(make_claim(WHO, listed, state), view_of(listed, state))
-    check_attestation(make_attestation(WHO, state), listed, listed.run_id)
+    check_attestation(make_attestation(WHO, state), view_of(listed, state))
     with pytest.raises(Ignore, match="is not among the peers"):
         check_claim(make_claim(stranger, listed, state), view_of(listed, state))
     with pytest.raises(Ignore, match="is not among the peers"):
-        check_attestation(make_attestation(stranger, state), listed, listed.run_id)
+        check_attestation(make_attestation(stranger, state), view_of(listed, state))
 
 
 def test_a_claim_with_the_shards_of_somebody_else_is_refused() -> None:
@@ -196,7 +196,7 @@ def test_an_attestation_that_keeps_every_rule_passes(round_number: int) -> None:
     ancestors = tuple(digest_of(f"before {number}") for number in range(round_number))
     work = round_number * MANIFEST.most_seconds_per_round
     attestation = make_attestation(WHO, STATE, round=round_number, ancestors=ancestors, work=work)
-    check_attestation(attestation, MANIFEST, STATE.run)
+    check_attestation(attestation, VIEW)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_an_attestation_that_keeps_every_rule_passes(round_number: int) -> None:
 )
 def test_an_attestation_that_breaks_a_rule_is_refused(rule: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(Reject, match=message):
-        check_attestation(make_attestation(WHO, STATE, **changes), MANIFEST, STATE.run)
+        check_attestation(make_attestation(WHO, STATE, **changes), VIEW)
 
 
 def check(*receipts: Receipt, group: bytes = GROUP, parts: int = PARTS) -> None:

@@ -17,11 +17,12 @@ import pytest
 from p2pasr.averaging import outer, rules
 from p2pasr.averaging.codec import Codec, Layout
 from p2pasr.averaging.merkle import Tree
+from p2pasr.protocol.admission import work
 from p2pasr.protocol.assignment import assign, segment_seed
 from p2pasr.protocol.cohorts import MAX_BITS, Cohort, cohort_of
 from p2pasr.protocol.encoding import blob_digest, digest, keyed_bytes, pack
 from p2pasr.protocol.manifest import OuterSection, RuleSection
-from p2pasr.protocol.messages import message_digest, seal
+from p2pasr.protocol.messages import Invite, message_digest, seal
 from p2pasr.protocol.signing import sign
 from p2pasr.protocol.state import advance, remember
 from p2pasr.protocol.tensors import pack_tensors
@@ -111,10 +112,12 @@ def _records() -> Iterator[tuple[str, bytes]]:
         make_attestation(WHO, state),
         make_receipt(WHO, state, [seal(WHO, claim)], {0: b"result", 1: b"other"}),
         make_mix(WHO, state),
+        Invite(state.run, WHO.peer, make_identity(2).peer, 7),
     ]
     for message in messages:
         yield message.kind, seal(WHO, message).pack()
         yield f"{message.kind} digest", message_digest(message)
+    yield "proof of work", work(manifest.run_id, WHO.peer, 8, 0, lambda _: None).to_bytes(8, "big")
     yield "assignment", b"".join(assign(manifest, state.digest, {}, WHO.peer))
     yield "segment seed", segment_seed(state.digest, WHO.peer, 3)
     yield "cohorts", bytes(cohort_of(manifest.run_id, WHO.peer, bits).index & 255 for bits in range(MAX_BITS + 1))

@@ -73,7 +73,7 @@ class Directory:
         self.announced: list[tuple[Cohort, Any]] = []
         self.before_each_look: list[Callable[[], None]] = []
 
-    def attestations(self, manifest: Any, cohort: Cohort) -> dict[str, Signed[Attestation]]:
+    def attestations(self, view: Any, cohort: Cohort) -> dict[str, Signed[Attestation]]:
         self.looked.append(("attestation", cohort))
         return {peer: signed for peer, signed in self.attested.get(cohort, {}).items() if peer != ME.peer}
 

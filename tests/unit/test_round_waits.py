@@ -71,7 +71,7 @@ class Directory:
     def claims(self, view: Any) -> dict[str, Signed[Claim]]:
         return self.claimed
 
-    def attestations(self, manifest: Any, cohort: Any) -> dict[str, Signed[Attestation]]:
+    def attestations(self, view: Any, cohort: Any) -> dict[str, Signed[Attestation]]:
         return self.attested
 
     def announce_roster(self, roster: Roster, cohort: Any) -> None: ...
