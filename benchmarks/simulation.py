@@ -304,6 +304,7 @@ class Simulation:
             1.0,
             "cpu",
             (),
+            (),
         )
 
     def _learned(self, before: State) -> Any:
@@ -499,7 +500,21 @@ def _record_bytes(state: State) -> dict[str, int]:
     messages: list[Message] = [
         Roster(state.run, who, NO_TICKET, 0, nothing, "training", 1, 1.5e9, False, "cpu x86-64", "0.1.0", (address,)),
         Claim(
-            state.run, who, NO_TICKET, 0, nothing, (nothing,) * 2, *trained, nothing, nothing, 1.0, 2.0, 1.0, "cpu", ()
+            state.run,
+            who,
+            NO_TICKET,
+            0,
+            nothing,
+            (nothing,) * 2,
+            *trained,
+            nothing,
+            nothing,
+            1.0,
+            2.0,
+            1.0,
+            "cpu",
+            (),
+            (),
         ),
         Attestation(state.run, who, NO_TICKET, 16, nothing, (nothing,) * MAX_ANCESTORS, 1.0),
         Mix(state.run, who, NO_TICKET, 0, nothing, nothing, nothing, True, tuple(range(32)), nothing),

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -416,6 +417,7 @@ def test_an_honest_peer_that_was_away_when_it_was_audited_is_audited_late_and_no
 def test_a_cheat_that_opens_only_when_all_is_open_is_banned_all_the_same(
     arena: MakeArena, hurried: pytest.MonkeyPatch
 ) -> None:
+    hurried.setattr(withholding, "CHANCE", SimpleNamespace(random=lambda: 1.0))  # its own auditor alone
     swarm = arena({CHEAT: adversary.withheld_and_idle_at_first})
     swarm.play(3)
     assert swarm.banned == {CHEAT}

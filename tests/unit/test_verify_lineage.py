@@ -106,7 +106,7 @@ def crowded(onwards: int) -> tuple[State, list[RoundRecord | MixRecord]]:
                 "covered": after.covered,
                 "credit": after.credit,
                 "bans": {},
-                "strikes": {},
+                "strikes": {make_identity(9).peer: (1, 0)},
                 "bits": after.bits,
                 "guests": {},
                 "receipts": (mix_receipt(state),),
