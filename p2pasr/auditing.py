@@ -459,7 +459,8 @@ def hear(member: Member) -> None:
 
     To check one can take as long as to train a segment. So only peers are heard of which work was merged, for keys are
     free; and whoever was heard once with a proof that proves nothing is not heard again. The accusation is signed and
-    names the proof's digest, so that a proof that no honest peer makes is a reason for a strike.
+    names the proof's digest, so that a proof that no honest peer makes is a reason for a strike, of which there are
+    enough only if the accused checks it too.
     """
     try:
         accusations = member.records.accusations(member.cohort)
@@ -470,7 +471,8 @@ def hear(member: Member) -> None:
         for charge in accusation.message.charges:
             if accuser in member.distrusted or accuser in member.state.bans or accuser not in member.state.credit:
                 break
-            if _is_settled(member, charge.accused) or charge.proof in member.heard:
+            is_out = charge.accused in member.proved or charge.accused in member.state.bans
+            if is_out or accuser == member.peer or charge.proof in member.heard:
                 continue
             member.heard.add(charge.proof)
             try:
@@ -499,7 +501,10 @@ def hear(member: Member) -> None:
                 if isinstance(error, Reject) and not isinstance(error, Undecided):
                     note_strike(member, accuser)
             else:
-                convict(member, proof, sentence)
+                if proof.accused == member.peer:
+                    member.report.warn(f"{short(accuser)} holds a proof against this peer: {sentence}")
+                else:
+                    convict(member, proof, sentence)
 
 
 def note_strike(member: Member, peer: str) -> None:
