@@ -63,8 +63,7 @@ class CtcConfig(WhisperTaskConfig):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Of what starts from nothing; a pretrained model brings its own."""
     units: Literal["characters", "bytes"] = "characters"
-    """What the head writes. `bytes` of UTF-8 cover every script with 256 classes, but a Chinese character takes
-    three of them, and shards that nobody has seen yet cannot hold an unknown one."""
+    """What the head writes. `bytes` of UTF-8 are 256 classes for every script, but a Chinese character takes three."""
     characters: Annotated[str, Field(min_length=1, max_length=100_000)] | None = None
     """Those that the head can write, ascending; filled in from the run's shards by `p2pasr run new`."""
     gradient_checkpointing: bool = False
@@ -76,6 +75,8 @@ class CtcConfig(WhisperTaskConfig):
             raise ValueError("pretrained brings its own layers, width and heads, and there is none for transformer-ctc")
         if self.pretrained is None and self.pretrained_weights is not None:
             raise ValueError("pretrained_weights is the digest of pretrained, which is not given")
+        if self.weights is not None:
+            raise ValueError("weights is of no use: nothing of model is loaded but its features and tokens")
         _, width, heads = self.shape
         if width % (2 * heads):
             raise ValueError(f"width ({width}) must be a multiple of twice the heads ({heads}); give both")
@@ -223,9 +224,9 @@ class CtcTask(GradientTask[Utterance]):
     def loss(self, examples: Sequence[Utterance]) -> Tensor:
         """Summed CTC loss.
 
-        It is computed on the CPU wherever the model runs, which only logits and their gradients travel for: torch's
-        own CUDA kernel adds gradients up in no fixed order and refuses to run where that must not be, and cuDNN's
-        deterministic one takes no padded batch and no transcript of more than 256 characters.
+        It is computed on the CPU wherever the model runs; logits and their gradients travel. torch's CUDA kernel adds
+        gradients up in no fixed order and raises where only deterministic ones may run, and cuDNN's takes neither
+        padded batches nor transcripts of more than 256 characters.
         """
         logits, lengths = self._logits([utterance.clip for utterance in examples])
         return ctc_loss(

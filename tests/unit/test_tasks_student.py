@@ -74,6 +74,7 @@ def student(shards: Shards, config: dict[str, Any], **options: Any) -> Any:
         ({**CTC, "architecture": "transformer-ctc", "pretrained": "x"}, "there is none for transformer-ctc"),
         ({**CTC, "architecture": "parakeet-ctc", "pretrained": "x"}, "brings its own layers, width and heads"),
         ({**CTC, "architecture": "hubert-ctc", "pretrained_weights": "0" * 64}, "pretrained, which is not given"),
+        ({**CTC, "architecture": "hubert-ctc", "weights": "0" * 64}, "weights is of no use"),
         ({**CTC, "architecture": "hubert-ctc", "characters": "ba"}, "must ascend without repetition"),
         ({**CTC, "architecture": "hubert-ctc", "characters": "aa"}, "must ascend without repetition"),
         ({**CTC, "architecture": "hubert-ctc", "units": "bytes", "characters": "ab"}, "go with units: characters"),
