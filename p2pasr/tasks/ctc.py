@@ -229,14 +229,21 @@ class CtcTask(GradientTask[Utterance]):
         padded batches nor transcripts of more than 256 characters.
         """
         logits, lengths = self._logits([utterance.clip for utterance in examples])
+        scores = log_softmax(logits.float(), dim=-1).transpose(0, 1)
+        if scores.is_meta:  # where only memory is planned, and nothing can be moved
+            return scores.sum()
         return ctc_loss(
-            log_softmax(logits.float(), dim=-1).transpose(0, 1).cpu(),
+            scores.cpu(),
             torch.tensor([number for utterance in examples for number in utterance.target], dtype=torch.int64),
             torch.tensor(lengths),
             torch.tensor([len(utterance.target) for utterance in examples]),
             blank=BLANK,
             reduction="sum",
         )
+
+    def drops_out(self) -> bool:
+        """See :meth:`p2pasr.tasks.training.GradientTask.drops_out`."""
+        return self.config.pretrained is not None or self.config.dropout > 0
 
     def initial_params(self) -> Tensors:
         """Drawn from the run's seed, or of a pretrained model, with a head drawn from the seed."""

@@ -30,6 +30,8 @@ from transformers import (
 from transformers.models.speech_to_text.modeling_speech_to_text import Speech2TextEncoder
 
 from p2pasr.errors import LocalError
+from p2pasr.plan import measure
+from p2pasr.protocol.manifest import RoundSection
 from p2pasr.runs import shard_paths
 from p2pasr.speech.prepare import Settings, prepare
 from p2pasr.speech.pretrained import BUNDLED, weights_digest
@@ -290,6 +292,44 @@ def test_masks_are_for_training_only(shard_files: Shards) -> None:
         assert plain.evaluate(None, shard_files[:1]) == masked.evaluate(None, shard_files[:1])
         ends = [task.segment(start_of(task), shard_files, plan(steps=1))[1].loss for task in (plain, masked)]
         assert ends[0] != ends[1]
+
+
+def short_of_memory(task: CtcTask, most: int) -> CtcTask:
+    """The same task on a machine that has room for so many examples at once."""
+    loss = task.loss
+
+    def limited(examples: Sequence[Any]) -> torch.Tensor:
+        total = loss(examples)
+        if len(examples) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return total
+
+    task.loss = limited  # type: ignore[method-assign]
+    return task
+
+
+def test_a_batch_that_is_trained_in_pieces_hides_the_same(shard_files: Shards) -> None:
+    config = {**CTC, "architecture": "transformer-ctc", "dropout": 0.0}
+    pieces = student(shard_files, {**config, "micro_batch": 2})
+    wanted, _ = pieces.segment(start_of(pieces), shard_files, plan(steps=2, samples=8))
+    task = short_of_memory(student(shard_files, config), 2)
+    assert task.segment(start_of(task), shard_files, plan(steps=2, samples=8))[0].pack() == wanted.pack()
+
+
+@pytest.mark.parametrize("architecture", ["transformer-ctc", "parakeet-ctc"])
+def test_a_student_that_drops_out_is_not_cut_otherwise_than_the_run_says(
+    architecture: str, shard_files: Shards
+) -> None:
+    task = short_of_memory(student(shard_files, {**CTC, "architecture": architecture}), 2)
+    with pytest.raises(LocalError, match=r"start the run with task\.config\.micro_batch: 4"):
+        task.segment(start_of(task), shard_files, plan(steps=1, samples=8))
+
+
+@pytest.mark.parametrize("architecture", ENCODERS)
+def test_a_students_memory_can_be_planned(architecture: str, shard_files: Shards) -> None:
+    task = student(shard_files, {**CTC, "architecture": architecture, "dropout": 0.0})
+    found = measure(task, shard_files, RoundSection(rounds=1, samples_per_step=4), steps=1)
+    assert 0.8 < found.taken / found.planned < 1.25
 
 
 def test_running_statistics_are_neither_moved_nor_averaged(shard_files: Shards) -> None:
