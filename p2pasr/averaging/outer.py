@@ -39,6 +39,10 @@ def step(
     Returns:
         New parameters and moments; the inputs are not touched.
     """
+    if outer.restarts(round_number, round_number):
+        moments = {}
+    if outer.restart_rounds is not None:
+        round_number %= outer.restart_rounds
     if outer.kind == "fedavg":
         rate = np.float32(outer.learning_rate)
         return {name: _moved(params[name], rate, delta[name]) for name in params}, {}

@@ -94,6 +94,13 @@ class OuterSection(_Section):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-3
     """Of `fedadam`, as β₂."""
+    restart_rounds: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
+    """Every so many rounds the optimizer forgets its moments and starts anew from the parameters; null for never."""
+
+    def restarts(self, first: int, last: int) -> bool:
+        """Whether one of these rounds, `last` included, begins with a fresh optimizer."""
+        every = self.restart_rounds
+        return every is not None and last // every * every >= max(first, 1)
 
 
 class RuleSection(_Section):

@@ -14,10 +14,11 @@ import numpy.typing as npt
 from p2pasr.errors import Reject
 from p2pasr.protocol.cohorts import Cohort, bits_for
 from p2pasr.protocol.encoding import MEBIBYTE, digest, pack, unpack
-from p2pasr.protocol.manifest import RunManifest
+from p2pasr.protocol.manifest import AveragingSection, RunManifest
 from p2pasr.protocol.messages import Attestation, Mix
-from p2pasr.protocol.state import NO_PARENT, State
+from p2pasr.protocol.state import NO_PARENT, State, remember
 from p2pasr.protocol.strikes import Strike, is_strike, remember_strikes
+from p2pasr.protocol.tensors import Tensors
 
 MAX_LEDGER_BYTES: Final = MEBIBYTE
 """Longest packed ledger of a cohort."""
@@ -156,7 +157,7 @@ def mixed(
     """The state that cohorts have in common after a mix.
 
     The outer optimizer's moments are those of the state before: averaging them too would double what
-    is sent, or triple it.
+    is sent, or triple it. Where it restarted since, there are none.
 
     Args:
         common: the state that they grew from.
@@ -173,7 +174,7 @@ def mixed(
         round=number + 1,
         parent=digest("mix", common.digest + b"".join(sorted(states))),
         params={name: value + delta[name] for name, value in common.params.items()},
-        moments=common.moments,
+        moments=_kept(common, number, section),
         epoch=epoch,
         covered=covered,
         credit=_credited(common.credit, ledgers),
@@ -216,6 +217,13 @@ def caught_up(state: State, common: State, after: State, manifest: RunManifest) 
         guests=_brought(after.guests, [ledger]),
         common=after.digest,
     )
+
+
+def _kept(common: State, number: int, section: AveragingSection) -> Tensors:
+    """The moments of the state before, without the outer optimizer's if it restarted by round `number`."""
+    if not section.outer.restarts(common.round, number):
+        return common.moments
+    return remember({}, common.reference, section.rule)
 
 
 def _credited(credit: Mapping[str, float], ledgers: Iterable[Ledger]) -> dict[str, float]:

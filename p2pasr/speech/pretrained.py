@@ -28,6 +28,10 @@ NEEDED_FILES = {
     "WhisperFeatureExtractor": ("preprocessor_config.json", "processor_config.json"),
     "WhisperTokenizer": ("tokenizer.json", "vocab.json"),
     "WhisperForConditionalGeneration": WEIGHT_FILES,
+    "ParakeetForCTC": WEIGHT_FILES,
+    "Wav2Vec2ForCTC": WEIGHT_FILES,
+    "HubertForCTC": WEIGHT_FILES,
+    "Wav2Vec2BertForCTC": WEIGHT_FILES,
 }
 """transformers class → the files of which its folder needs one. Without some it takes defaults and says nothing."""
 

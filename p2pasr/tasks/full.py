@@ -38,10 +38,8 @@ class FullTask(WhisperTask):
     config: FullTaskConfig
 
     def __init__(self, config: FullTaskConfig, seed: int, device: str = "cpu", model: str | None = None) -> None:
-        from transformers import WhisperForConditionalGeneration
-
         super().__init__(config, seed, device, model)
-        self.model = load(WhisperForConditionalGeneration, self.source, config.revision, dtype=torch.float32)
+        self.model = self._build()
         shorten(self.model, self.frames)
         self.model = self.model.to(self.device)
         if config.freeze_encoder:
@@ -72,6 +70,14 @@ class FullTask(WhisperTask):
         self.frontend.extractor.save_pretrained(out)
         self.frontend.tokenizer.save_pretrained(out)
         write_notes(out, self.notes(about))
+
+    def _build(self) -> WhisperForConditionalGeneration:
+        from transformers import WhisperForConditionalGeneration
+
+        model: WhisperForConditionalGeneration = load(
+            WhisperForConditionalGeneration, self.source, self.config.revision, dtype=torch.float32
+        )
+        return model
 
 
 CONFIG = FullTaskConfig

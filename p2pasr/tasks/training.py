@@ -144,10 +144,12 @@ class GradientTask(Generic[E]):
         return nullcontext()
 
     def _step(self, optimizer: torch.optim.Optimizer, examples: list[E]) -> float:
+        drawn = torch.get_rng_state()
         try:
             total = self._accumulate(optimizer, examples)
         except torch.OutOfMemoryError as error:
             self._take_fewer(len(examples), error)
+            torch.set_rng_state(drawn)  # of what SpecAugment hides, one example after another
             return self._step(optimizer, examples)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm)
         loss = total / sum(map(self.weight, examples))
@@ -173,6 +175,11 @@ class GradientTask(Generic[E]):
         """How many examples of a batch go through the model together."""
         return min(limit for limit in (examples, self.config.micro_batch, self.most_at_once) if limit is not None)
 
+    def drops_out(self) -> bool:
+        """Whether the model draws masks for what goes through it together."""
+        drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.model.modules())
+        return drops or float(getattr(getattr(self.model, "config", None), "dropout", 0.0)) > 0
+
     def _take_fewer(self, examples: int, error: Exception) -> None:
         """Memory ran out: let half as many examples through the model at once from now on.
 
@@ -183,11 +190,9 @@ class GradientTask(Generic[E]):
             LocalError: it drops out, or one example is too many.
         """
         size = self._at_once(examples)
-        drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.model.modules())
-        drops = drops or float(getattr(getattr(self.model, "config", None), "dropout", 0.0)) > 0
         if size == 1:
             raise LocalError("not even one example fits this device's memory; p2pasr plan says what does") from error
-        if drops:
+        if self.drops_out():
             raise LocalError(
                 f"{size} examples at once do not fit the memory of this device, and a model that drops out trains "
                 f"otherwise in smaller pieces: start the run with task.config.micro_batch: {size // 2}"

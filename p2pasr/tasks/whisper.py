@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -22,6 +22,7 @@ from p2pasr.speech.metrics import error_rates
 from p2pasr.speech.pretrained import Frontend, frontend, weights_digest
 from p2pasr.speech.shards import Clip, Features, Shard, read_shard
 from p2pasr.speech.text import normalise
+from p2pasr.tasks.augment import SpecAugment, spec_augment
 from p2pasr.tasks.base import OnProgress
 from p2pasr.tasks.determinism import usable_device
 from p2pasr.tasks.training import GradientTask, TrainingConfig
@@ -46,6 +47,8 @@ class WhisperTaskConfig(TrainingConfig):
     """BLAKE3 of the base's weights, filled in by `p2pasr run new`, so that all start from the same."""
     window_seconds: Annotated[float, Field(gt=0, le=30)] | None = None
     """A window shorter than the model's own. What is trained is only good at the window it was trained at."""
+    spec_augment: SpecAugment | None = None
+    """Hide stretches of the features while training; null for none."""
 
 
 C = TypeVar("C", bound=WhisperTaskConfig)
@@ -111,8 +114,11 @@ class WhisperTask(GradientTask[Clip]):
 
     def loss(self, examples: Sequence[Clip]) -> Tensor:
         """Summed cross entropy of the transcripts."""
-        batch = collate(examples, self.frames, self.frontend.config.pad_token_id).to(self.device)
-        return summed_loss(self.model, batch)
+        batch = collate(examples, self.frames, self.frontend.config.pad_token_id)
+        if self.config.spec_augment is not None:
+            lengths = [clip.mel.shape[1] for clip in examples]
+            batch = replace(batch, features=spec_augment(batch.features, lengths, self.config.spec_augment))
+        return summed_loss(self.model, batch.to(self.device))
 
     def untrained(self) -> AbstractContextManager[Any]:
         """A context in which :attr:`whisper` is the base."""
@@ -150,15 +156,23 @@ class WhisperTask(GradientTask[Clip]):
         }
 
     def _shard(self, path: Path) -> Shard:
-        shard = read_shard(path)
-        if shard.features != self.features:
-            window = self.config.window_seconds
-            option = "" if window is None else f" --window-seconds {window:g}"
-            raise LocalError(
-                f"shard {path} was prepared for other features than {self.config.model!r} takes; "
-                f"prepare it with --model {self.config.model}{option}"
-            )
-        return shard
+        return shard_of(path, self.features, self.config)
+
+
+def shard_of(path: Path, features: Features, config: WhisperTaskConfig) -> Shard:
+    """Open a shard that was made for these features.
+
+    Raises:
+        LocalError: it was made for others, or is no shard.
+    """
+    shard = read_shard(path)
+    if shard.features != features:
+        option = "" if config.window_seconds is None else f" --window-seconds {config.window_seconds:g}"
+        raise LocalError(
+            f"shard {path} was prepared for other features than {config.model!r} takes; "
+            f"prepare it with --model {config.model}{option}"
+        )
+    return shard
 
 
 def write_notes(out: Path, notes: Mapping[str, Any]) -> None:

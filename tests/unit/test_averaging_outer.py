@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from p2pasr.averaging import outer
 from p2pasr.protocol.manifest import OuterSection
@@ -109,3 +111,26 @@ def test_each_operation_rounds_once() -> None:
         buffer = (momentum * moments[name]).astype(np.float32) + -second[name]
         ahead = -second[name] + (momentum * buffer).astype(np.float32)
         assert after[name].tobytes() == (theta - (rate * ahead).astype(np.float32)).tobytes()
+
+
+@given(st.integers(2, 5), st.integers(1, 4), st.sampled_from(["fedavgm", "nesterov", "fedadam"]))
+def test_a_restart_is_a_first_step_from_where_the_parameters_are(every: int, turns: int, kind: str) -> None:
+    section = OuterSection.model_validate({"kind": kind, "restart_rounds": every})
+    params, moments = initial_params(), {}
+    steps = deltas(every * turns + 2)
+    for number, delta in enumerate(steps[: every * turns]):
+        params, moments = outer.step(params, moments, delta, section, number)
+    anew, nothing = params, {}
+    for number, delta in enumerate(steps[every * turns :]):
+        params, moments = outer.step(params, moments, delta, section, every * turns + number)
+        anew, nothing = outer.step(anew, nothing, delta, OuterSection.model_validate({"kind": kind}), number)
+    assert all(value.tobytes() == anew[name].tobytes() for name, value in params.items())
+    assert all(value.tobytes() == nothing[name].tobytes() for name, value in moments.items())
+
+
+@given(st.integers(2, 9), st.integers(0, 40), st.integers(0, 40))
+def test_restarts_are_the_multiples_of_their_interval(every: int, first: int, length: int) -> None:
+    section = OuterSection(restart_rounds=every)
+    within = any(number and number % every == 0 for number in range(first, first + length + 1))
+    assert section.restarts(first, first + length) == within
+    assert not OuterSection().restarts(first, first + length)

@@ -108,6 +108,18 @@ def test_everybody_who_mixes_the_same_computes_the_same_and_others_do_not() -> N
     assert len({mixed().digest, other.digest, mixed((0, 0)).digest}) == 3
 
 
+@pytest.mark.parametrize(("every", "kept"), [(None, True), (5, True), (4, False), (3, False)])
+def test_a_mix_keeps_the_moments_unless_the_optimizer_restarted(every: int | None, kept: bool) -> None:
+    outer = {"kind": "fedavgm", "restart_rounds": every}
+    manifest = make_manifest(
+        averaging={"max_group": 8, "first_bits": 1, "outer": outer, "rule": {"kind": "centered-clip"}}
+    )
+    reference = {f"reference/{name}": value for name, value in LIKE.items()}
+    common = dataclasses.replace(COMMON, moments={**LIKE, **reference})
+    after = mixing.mixed(common, manifest, 4, [], LEDGERS, DELTA)
+    assert after.moments.keys() == ({*LIKE, *reference} if kept else reference.keys())
+
+
 @pytest.mark.parametrize(("most", "bits"), [(4, 2), (8, 1), (32, 0)])
 def test_a_mix_says_how_many_cohorts_there_are_from_then_on(most: int, bits: int) -> None:
     manifest = make_manifest(averaging={"max_group": most, "first_bits": 1})

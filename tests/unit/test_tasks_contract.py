@@ -14,10 +14,27 @@ from p2pasr.tasks import Bounded, Checkpoint, Task, build, pin
 
 from .conftest import LORA, MODEL, plan, start_of
 
+STUDENT: dict[str, Any] = {"model": MODEL, "warmup_steps": 0, "learning_rate": 3e-3, "width": 32, "heads": 2}
+DISTIL: dict[str, Any] = {"architecture": "distil-whisper", "model": MODEL, "warmup_steps": 0}
+CTC = {**STUDENT, "layers": 1, "spec_augment": {"frequency_bins": 8, "time_share": 0.1}}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {**LORA, "learning_rate": 3e-3},
     "full": {"model": MODEL, "warmup_steps": 0, "learning_rate": 3e-4},
     "full-decoder": {"model": MODEL, "warmup_steps": 0, "learning_rate": 3e-4, "freeze_encoder": True},
+    "student-whisper": {**STUDENT, "architecture": "whisper", "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0},
+    "student-distil-whisper": {
+        "model": MODEL,
+        "warmup_steps": 0,
+        "learning_rate": 1e-3,
+        "architecture": "distil-whisper",
+    },
+    "student-transformer-ctc": {**CTC, "architecture": "transformer-ctc"},
+    "student-transformer-ctc-bytes": {**CTC, "architecture": "transformer-ctc", "units": "bytes"},
+    "student-parakeet-ctc": {**CTC, "architecture": "parakeet-ctc"},
+    "student-wav2vec2-ctc": {**CTC, "architecture": "wav2vec2-ctc"},
+    "student-hubert-ctc": {**CTC, "architecture": "hubert-ctc"},
+    "student-wav2vec2-bert-ctc": {**CTC, "architecture": "wav2vec2-bert-ctc"},
 }
 """Name of a variant, of which the first word is its kind → a configuration that learns from a few clips."""
 
