@@ -29,7 +29,7 @@ from p2pasr.errors import TransportError
 from p2pasr.protocol.audits import detection_probability, segments_to_rerun
 from p2pasr.protocol.encoding import blob_digest, keyed_bytes
 from p2pasr.protocol.manifest import VerifySection
-from p2pasr.protocol.messages import Claim, Signed
+from p2pasr.protocol.messages import NO_UNDO, Claim, Signed
 from p2pasr.protocol.state import condemn, genesis
 from p2pasr.speech.prepare import Settings, prepare
 from p2pasr.speech.synthetic import write_corpus
@@ -220,6 +220,7 @@ def _claim(peer: str, number: int, state: bytes, against: set[str] | tuple[str, 
         loss_after=1.0,
         hardware="simulated",
         against=tuple(sorted(against)),
+        undo=(NO_UNDO,) * len(against),
     )
     return Signed(claim, b"")
 

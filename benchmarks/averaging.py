@@ -147,6 +147,7 @@ class _Ours:
             loss_after=1.0,
             hardware="benchmark",
             against=(),
+            undo=(),
         )
         return {
             "round": number,

@@ -36,7 +36,7 @@ from p2pasr.averaging.codec import Vector
 from p2pasr.protocol.encoding import digest
 from p2pasr.protocol.manifest import RuleSection, RunManifest
 from p2pasr.protocol.messages import Claim, message_digest
-from p2pasr.protocol.state import shard_seconds, trained_seconds
+from p2pasr.protocol.state import condemn, shard_seconds, trained_seconds
 
 NEWCOMER_TRUST: Final = 0.25
 """Share of its weight that a peer has before any of its work was merged."""
@@ -49,7 +49,8 @@ def weights(claims: Sequence[Claim], manifest: RunManifest, credit: Mapping[str,
     peer is trusted, at most `weight_cap` times the median. No number that a sender chose enters.
 
     With `duplicates: first`, a shard named by several claims counts only for the one with the lowest
-    digest; a claim left with none keeps the weight 0.
+    digest; a claim left with none keeps the weight 0. So does one whose author is banned with this round:
+    more than half of the claims speak against it.
 
     Args:
         credit: peer → seconds of audio of its merged claims, from the state that the claims start from.
@@ -69,7 +70,9 @@ def weights(claims: Sequence[Claim], manifest: RunManifest, credit: Mapping[str,
         raw = [trained_seconds(claim, manifest, seconds) for claim in claims]
     trusted = [weight * trust(credit.get(claim.peer, 0.0), manifest) for weight, claim in zip(raw, claims, strict=True)]
     cap = manifest.averaging.weight_cap * median(trusted)
-    return tuple(min(weight, cap) for weight in trusted) if cap > 0 else tuple(trusted)
+    capped = [min(weight, cap) for weight in trusted] if cap > 0 else trusted
+    out = condemn({}, claims, 0)
+    return tuple(0.0 if claim.peer in out else weight for weight, claim in zip(capped, claims, strict=True))
 
 
 def trust(credit: float, manifest: RunManifest) -> float:

@@ -33,6 +33,9 @@ MAX_FINDINGS: Final = 32
 MAX_ANCESTORS: Final = 16
 """How many rounds back an attestation speaks."""
 
+NO_UNDO: Final = bytes(DIGEST_BYTES)
+"""Stands in a claim where its author has nothing that would take a peer's work out again."""
+
 Digest = Annotated[bytes, Len(DIGEST_BYTES, DIGEST_BYTES)]
 PeerId = Annotated[str, StringConstraints(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$")]
 GroupId = Annotated[bytes, Len(8, 64)]
@@ -91,6 +94,8 @@ class Claim:
         loss_before, loss_after: mean loss of the first and of the last segment.
         hardware: self-declared hardware class of the training.
         against: peers that this one has seen proved to cheat, ascending; see :func:`p2pasr.protocol.state.condemn`.
+        undo: for each of them the digest of what takes its last work out of the state again, a blob; zeros where its
+            author has none. See :func:`p2pasr.protocol.state.undone`.
     """
 
     kind: ClassVar[str] = "claim"
@@ -111,6 +116,7 @@ class Claim:
     loss_after: Loss
     hardware: Word
     against: Annotated[tuple[PeerId, ...], MaxLen(MAX_AGAINST)]
+    undo: Annotated[tuple[Digest, ...], MaxLen(MAX_AGAINST)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from p2pasr.errors import Ignore, Reject
 from p2pasr.protocol.assignment import assign
 from p2pasr.protocol.cohorts import EVERYBODY, Cohort
 from p2pasr.protocol.manifest import RunManifest
-from p2pasr.protocol.messages import Attestation, Claim, Mix, Receipt, Roster, Signed
+from p2pasr.protocol.messages import NO_UNDO, Attestation, Claim, Mix, Receipt, Roster, Signed
 from p2pasr.protocol.signing import short
 
 
@@ -78,6 +78,11 @@ def check_claim(claim: Claim, view: RoundView) -> None:
         raise Reject(f"{who} speaks against peers out of order, twice, or in vain")
     if not all(view.cohort.has(view.run, peer) for peer in claim.against):
         raise Reject(f"{who} speaks against peers of another cohort")
+    # C7a It has one undo, or none, for each of them; a run whose rule or outer optimizer is not linear has no undo.
+    if len(claim.undo) != len(claim.against):
+        raise Reject(f"{who} names {len(claim.undo)} undos for {len(claim.against)} peers that it speaks against")
+    if not view.manifest.averaging.excises and any(undo != NO_UNDO for undo in claim.undo):
+        raise Reject(f"{who} names an undo, and in this run nothing that was merged is taken out again")
     # C8 The run may admit listed peers only.
     if not view.manifest.admits(claim.peer):
         raise Ignore(f"{short(claim.peer)} is not among the peers that this run admits")

@@ -182,7 +182,7 @@ def test_a_complete_proof_of_an_honest_segment_is_trained_again_and_refused(aren
 
 def test_whoever_was_heard_once_without_proof_is_not_heard_again(arena: MakeArena) -> None:
     swarm = arena({CHEAT: adversary.slanderer})
-    swarm.play(6)
+    swarm.play(10)
     assert len(swarm.proofs()) > 1
     for player in swarm.players[1:]:
         warned = [event for event in player.member.report.seen("warning") if "without proof" in event["message"]]

@@ -25,7 +25,7 @@ from p2pasr.peers.streams import Pacer, Stream
 from p2pasr.protocol.assignment import assign
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RunManifest
-from p2pasr.protocol.messages import Attestation, Claim, Mix, PartReceipt, Receipt, Roster, Signed, seal
+from p2pasr.protocol.messages import NO_UNDO, Attestation, Claim, Mix, PartReceipt, Receipt, Roster, Signed, seal
 from p2pasr.protocol.rules import RoundView
 from p2pasr.protocol.state import State, genesis, params_digest
 from p2pasr.protocol.tensors import Tensors
@@ -121,6 +121,7 @@ def make_claim(who: Identity, manifest: RunManifest, held: State, /, **changes: 
         "loss_after": 3.5,
         "hardware": "cpu x86-64",
         "against": (),
+        "undo": (NO_UNDO,) * len(changes.get("against", ())),
     }
     return Claim(**{**fields, **changes})
 

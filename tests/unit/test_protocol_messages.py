@@ -88,6 +88,7 @@ claims = drawn(
     loss_after=losses,
     hardware=words,
     against=st.lists(st.sampled_from([make_identity(number).peer for number in (2, 3, 4)]), max_size=3).map(tuple),
+    undo=st.lists(digests, max_size=3).map(tuple),
 )
 attestations = drawn(Attestation, ancestors=st.lists(digests, max_size=3).map(tuple), work=amounts)
 parts = st.builds(
