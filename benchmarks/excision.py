@@ -34,7 +34,9 @@ class Row:
         cheated: the same after the round in which the cheat was merged, where it cheats.
         banned: after the round that bans it, where nothing is taken out.
         excised: the same where it is.
-        later_banned, later_excised: both three rounds later, as percent above the loss where nobody cheats.
+        next_excised: one round later.
+        next_late: the same where it is taken out only then.
+        later_banned, later_excised: both three rounds after the ban, as percent above the loss where nobody cheats.
         distance_banned, distance_excised: from the parameters where nobody cheats, relative to their length, after the
             round of the ban; runs of honest peers that differ in nothing but their keys are as far apart.
     """
@@ -46,6 +48,8 @@ class Row:
     cheated: float
     banned: float
     excised: float
+    next_excised: float
+    next_late: float
     later_banned: float
     later_excised: float
     distance_banned: float
@@ -69,6 +73,8 @@ def _excised(peers: int, before: int, clip_norm: float | None) -> Row:
         cheated=loss(excised[0]),
         banned=loss(banned[1]),
         excised=loss(excised[1]),
+        next_excised=loss(excised[2]),
+        next_late=loss({name: banned[2][name] - (banned[1][name] - excised[1][name]) for name in banned[2]}),
         later_banned=100 * (loss(banned[-1]) / loss(honest[-1]) - 1),
         later_excised=100 * (loss(excised[-1]) / loss(honest[-1]) - 1),
         distance_banned=_distance(banned[1], honest[1]),

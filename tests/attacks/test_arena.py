@@ -284,13 +284,13 @@ def no_undo(_member: Any, against: Any) -> tuple[bytes, ...]:
 
 def closes(patch: pytest.MonkeyPatch) -> None:
     """Is honest, and opens nothing of a round any more once the next one is trained."""
-    honest = story.commit
+    honest = story.train
 
-    def commit(member: Any, *trained: Any) -> Any:
+    def train(member: Any, *assigned: Any) -> Any:
         member.link.call("offer", 1.0, offers=[])
-        return honest(member, *trained)
+        return honest(member, *assigned)
 
-    patch.setattr(story, "commit", commit)
+    patch.setattr(story, "train", train)
 
 
 def unwilling(patch: pytest.MonkeyPatch) -> None:
@@ -387,6 +387,30 @@ def test_what_was_merged_longer_ago_than_deltas_are_kept_stays(arena: MakeArena)
     swarm.players[CHEAT].attack = scaled(-10)
     swarm.rounds_to_ban(CHEAT, most=2)
     assert "in rounds 2-3 is taken out again" in swarm.players[1].member.report.seen("round")[-1]["message"]
+
+
+def test_a_round_in_which_somebody_counted_who_is_banned_already_is_not_undone_again(arena: MakeArena) -> None:
+    swarm = arena({0: scaled(-10)}, peers=6, **UNCLIPPED)
+    swarm.play(1)
+    swarm.players[1].attack = scaled(-10)
+    swarm.play(2)
+    assert swarm.banned == {0, 1}
+    first, second = (player.member.report.seen("round") for player in swarm.players[2:4])
+    assert "in round 0 is taken out again" in first[1]["message"]
+    assert "in round 1 is taken out again" in second[2]["message"]
+
+
+def test_where_half_of_the_others_give_no_delta_nothing_is_taken_out(
+    arena: MakeArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openings, "OFFER_SECONDS", 0.05)
+    swarm = arena({0: closes, 1: closes, 2: closes, 3: scaled(-10)}, peers=6, **UNCLIPPED)
+    swarm.play(2)
+    assert swarm.banned == {3}
+    ended = swarm.players[5].member.report
+    assert ended.seen("round")[-1]["excised"] == []
+    said = [event["message"] for event in ended.seen("warning")]
+    assert any("of 5 others in round 0, only 2 give their delta" in sentence for sentence in said)
 
 
 def test_of_two_cheats_that_are_banned_together_both_terms_go(
