@@ -25,6 +25,7 @@ attacks: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/attacks
 	$(BIN)/python -m benchmarks attacks
 	$(BIN)/python -m benchmarks attacks --honest
+	$(BIN)/python -m benchmarks excision
 	$(BIN)/python -m benchmarks attacks --real
 
 bench: $(VENV)/.dev

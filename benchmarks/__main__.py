@@ -81,6 +81,12 @@ def _attacks(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return [asdict(row) for row in simulate(arguments.seeds)]
 
 
+def _excision(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from benchmarks.excision import measure
+
+    return [asdict(row) for row in measure(arguments.peers)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -143,6 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     attacks.add_argument("--peers", type=int, default=8, help="of which one cheats")
     attacks.add_argument("--rate", type=float, default=1.0, help="verify.rate of real runs")
     attacks.set_defaults(run=_attacks, title="cheats, and rounds until they are banned")
+
+    excision = kinds.add_parser("excision", help="how much of the harm a ban takes out of the parameters again")
+    excision.add_argument("--peers", type=int, nargs="+", default=[4, 8], help="of which one cheats")
+    excision.set_defaults(run=_excision, title="held-out loss of a tiny classifier, one of whose members cheats")
 
     for kind in kinds.choices.values():
         kind.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -32,7 +32,7 @@ from p2pasr.errors import TransportError
 from p2pasr.protocol.audits import detection_probability, draw_auditors, segments_to_rerun
 from p2pasr.protocol.encoding import blob_digest, keyed_bytes
 from p2pasr.protocol.manifest import RunManifest, VerifySection
-from p2pasr.protocol.messages import NO_TICKET, Claim, Signed
+from p2pasr.protocol.messages import NO_TICKET, NO_UNDO, Claim, Signed
 from p2pasr.protocol.state import State, condemn, genesis
 from p2pasr.protocol.strikes import Strike, audit_rate, strike, suspended
 from p2pasr.speech.prepare import Settings, prepare
@@ -296,6 +296,7 @@ def _claim(
         hardware="simulated",
         against=tuple(sorted(against)),
         strikes=strikes,
+        undo=(NO_UNDO,) * len(against),
     )
     return Signed(claim, b"")
 

@@ -149,6 +149,7 @@ class _Ours:
             hardware="benchmark",
             against=(),
             strikes=(),
+            undo=(),
         )
         return {
             "round": number,

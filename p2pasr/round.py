@@ -10,6 +10,7 @@ committed leaves the state untouched, and says why.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from p2pasr.averaging.merkle import Tree
 from p2pasr.averaging.partfile import PartFile
 from p2pasr.averaging.rules import norm
 from p2pasr.errors import LocalError, NonFiniteStep, Reject, RemoteError, RoundFailed, TransportError
+from p2pasr.excision import agreed_undos, taken_out, undos_of
 from p2pasr.having import fetch_shards, shard_path
 from p2pasr.peers import sync as syncing
 from p2pasr.peers.blobs import BlobStore, file_digest
@@ -60,7 +62,7 @@ from p2pasr.protocol.messages import (
 from p2pasr.protocol.mixing import NO_CHOICE, Ledger, Part, Tally
 from p2pasr.protocol.rules import RoundView, view_of
 from p2pasr.protocol.signing import short
-from p2pasr.protocol.state import State, advance, mix_due, parse_state, remember
+from p2pasr.protocol.state import State, advance, mix_due, parse_state, remember, undone
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.report import Report
 from p2pasr.tasks.base import Bounded, Checkpoint, OnStep, SegmentPlan, Task
@@ -130,6 +132,7 @@ class Member:
         shunned: those that gave members of this round different results; it is averaged without them.
         charges: where the proofs that this peer holds can be had, by the accused.
         strikes: peers that it names for a strike, and the round in which it saw why.
+        undos: how often this peer computed what takes another's work out again.
         checked: digest of the state whose round it has checked last.
         asked: digest of the state of whose round it has asked again for what others could not have.
         heard: digests of the proofs that it has looked at.
@@ -164,6 +167,7 @@ class Member:
     shunned: set[str] = field(default_factory=set)
     charges: dict[str, Charge] = field(default_factory=dict)
     strikes: dict[str, int] = field(default_factory=dict)
+    undos: Counter[str] = field(default_factory=Counter)
     checked: bytes = b""
     asked: bytes = b""
     heard: set[bytes] = field(default_factory=set)
@@ -295,10 +299,15 @@ class Mixed(Result):
 
 @dataclass(frozen=True, slots=True)
 class Averaged(Result):
-    """The same of a round that was trained, with how it came about."""
+    """The same of a round that was trained, with how it came about.
+
+    Attributes:
+        excised: peer that it bans → the rounds out of which its work was taken again.
+    """
 
     work: Work
     merged: Merged
+    excised: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def run_round(member: Member) -> bool:
@@ -705,6 +714,7 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
     rounds = member.manifest.rounds
     steps = len(losses) * rounds.steps_per_segment
     hear(member)
+    against = accused(member)
     claim = seal(
         member.identity,
         Claim(
@@ -723,7 +733,8 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
             loss_before=losses[0],
             loss_after=losses[-1],
             hardware=member.task.hardware_class[:128],
-            against=accused(member),
+            against=against,
+            undo=undos_of(member, against),
             strikes=struck(member),
         ),
     )
@@ -935,10 +946,11 @@ def store_reference(member: Member) -> bytes | None:
 
 
 def apply(member: Member, work: Work, merged: Merged, expected: set[str]) -> Averaged:
-    """The next state: the outer optimizer's step on the decoded average, the ledger over its claims.
+    """The next state: the outer optimizer's step on the decoded average, less what is undone, and the ledger.
 
     Raises:
-        Reject: its parameters would not be finite.
+        Reject: its parameters would not be finite, or an undo that the claims agree on is none.
+        TransportError: nobody gives that undo.
     """
     member.step("apply", f"round {member.state.round}: applying the average of {len(merged.members)} peers")
     layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
@@ -946,15 +958,19 @@ def apply(member: Member, work: Work, merged: Merged, expected: set[str]) -> Ave
     section = member.manifest.averaging
     params, moments = outer.step(member.state.params, member.state.moments, delta, section.outer, member.state.round)
     moments = remember(moments, delta, section.rule)
-    if not all(np.isfinite(value).all() for value in (*params.values(), *moments.values())):
-        raise Reject("the average moves the parameters beyond what float32 holds")
     everybody = [claim.message for claim in merged.members]
     counted = admission.counting(everybody, member.manifest, member.state.standing, member.state.guests)
     if member.peer not in counted:
         member.report.warn(f"round {member.state.round} has no room for this newcomer; its work is not in the average")
     claims = [everybody[at] for at in in_every_part(merged.receipts) if everybody[at].peer in counted]
+    undos = agreed_undos(member, claims)
+    for undo in undos:
+        params = undo.taken_from(params)
+    if not all(np.isfinite(value).all() for value in (*params.values(), *moments.values())):
+        raise Reject("the average moves the parameters beyond what float32 holds")
     after = advance(member.state, member.manifest, claims, params, moments)
-    return Averaged(after, frozenset(expected | {claim.peer for claim in everybody}), work, merged)
+    electorate = frozenset(expected | {claim.peer for claim in everybody})
+    return Averaged(after, electorate, work, merged, excised={undo.peer: undo.rounds for undo in undos})
 
 
 # --- attest -------------------------------------------------------------------------------------
@@ -1378,8 +1394,9 @@ def settle(member: Member, result: Averaged) -> None:
     hold(member, after)
     member.fresh = False
     retention = member.manifest.retention.checkpoint_rounds
-    retain_traces(member.journal, member.store, finished, work.claim.pack(), work.delta, work.checkpoints, retention)
-    member.store.retain("average", {result.merged.average})
+    kept = work.claim.pack(), work.delta, work.checkpoints, result.merged.average
+    retain_traces(member.journal, member.store, finished, *kept, retention)
+    member.store.retain("undo", set(undone(claim.message for claim in result.merged.members).values()))
     peers = [claim.message.peer for claim in result.merged.members]
     try:
         offer(member)
@@ -1395,11 +1412,13 @@ def settle(member: Member, result: Averaged) -> None:
         f"{after.work:.0f} s of audio so far, {member.traffic['bytes_sent'] / 1e6:.1f} MB sent"
         + (f"; banned for proved cheating: {', '.join(map(short, banned))}" if banned else "")
         + (f"; strikes for withholding or a false proof: {', '.join(map(short, fresh))}" if fresh else ""),
+        +"".join(f"; {taken_out(peer, rounds)}" for peer, rounds in result.excised.items()),
         round=finished,
         state=after.digest,
         peers=peers,
         banned=banned,
         struck=fresh,
+        excised=sorted(result.excised),
         epoch=after.epoch,
         work=after.work,
         bytes_opened=member.opened,

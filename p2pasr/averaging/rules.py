@@ -37,7 +37,7 @@ from p2pasr.protocol.admission import counting, limited, newcomers
 from p2pasr.protocol.encoding import digest
 from p2pasr.protocol.manifest import RuleSection, RunManifest
 from p2pasr.protocol.messages import Claim, message_digest
-from p2pasr.protocol.state import shard_seconds, trained_seconds
+from p2pasr.protocol.state import condemn, shard_seconds, trained_seconds
 
 NEWCOMER_TRUST: Final = 0.25
 """Share of its weight that a peer has before any of its work was merged."""
@@ -52,8 +52,9 @@ def weights(
     peer is trusted, at most `weight_cap` times the median. No number that a sender chose enters.
 
     With `duplicates: first`, a shard named by several claims counts only for the one with the lowest
-    digest; a claim left with none keeps the weight 0. So do claims that do not count, and those of newcomers
-    together weigh at most `newcomer_share` of all; see :mod:`p2pasr.protocol.admission`.
+    digest; a claim left with none keeps the weight 0. So do claims that do not count, and one whose author is banned
+    with this round: more than half of the claims speak against it. Those of newcomers together weigh at most
+    `newcomer_share` of all; see :mod:`p2pasr.protocol.admission`.
 
     Args:
         credit: peer → seconds of audio of its merged claims, from the state that the claims start from.
@@ -78,7 +79,9 @@ def weights(
     judging = [weight for weight, claim in zip(trusted, claims, strict=True) if claim.peer in counted]
     cap = manifest.averaging.weight_cap * median(judging or trusted)
     capped = [min(weight, cap) for weight in trusted] if cap > 0 else trusted
-    return limited(capped, newcomers(claims, manifest, credit), manifest.admission.newcomer_share)
+    out = condemn({}, claims, 0)
+    left = [0.0 if claim.peer in out else weight for weight, claim in zip(capped, claims, strict=True)]
+    return limited(left, newcomers(claims, manifest, credit), manifest.admission.newcomer_share)
 
 
 def trust(credit: float, manifest: RunManifest) -> float:

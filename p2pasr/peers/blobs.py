@@ -16,7 +16,7 @@ from blake3 import blake3
 from p2pasr.errors import LocalError
 from p2pasr.protocol.encoding import blob_digest
 
-Kind = Literal["manifest", "state", "shard", "checkpoint", "delta", "average", "record", "proof"]
+Kind = Literal["manifest", "state", "shard", "checkpoint", "delta", "average", "record", "proof", "undo"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 EVICTABLE: Final[tuple[Kind, ...]] = ("average", "checkpoint", "shard")

@@ -124,7 +124,7 @@ class Journal:
         self._write("ticket.json", {"invite": ticket.invite.hex(), "nonce": ticket.nonce})
 
     def traces(self) -> dict[int, dict[str, Any]]:
-        """Round → {claim, delta, checkpoints} in hex, as far as they are kept."""
+        """Round → {claim, delta, checkpoints, average} in hex, as far as they are kept."""
         return _read(self.folder / "traces.json", _parse_traces) or {}
 
     def keep_traces(self, traces: dict[int, dict[str, Any]]) -> None:
@@ -234,7 +234,7 @@ def _parse_ticket(content: dict[str, Any]) -> Ticket:
 
 def _parse_traces(content: dict[str, Any]) -> dict[int, dict[str, Any]]:
     for trace in content.values():
-        bytes.fromhex("".join([trace["claim"], trace["delta"], *trace["checkpoints"]]))
+        bytes.fromhex("".join([trace["claim"], trace["delta"], trace["average"], *trace["checkpoints"]]))
     return {int(number): trace for number, trace in content.items()}
 
 

@@ -148,6 +148,11 @@ class AveragingSection(_Section):
     """The run begins with 2 to this power cohorts, for runs that a crowd joins before the first round."""
     outer: OuterSection = OuterSection()
 
+    @property
+    def excises(self) -> bool:
+        """Whether a banned peer's last work can be taken out: what it did to the state is a term of a sum."""
+        return self.rule.kind == "mean" and self.outer.kind == "fedavg"
+
     @model_validator(mode="after")
     def _parts_hold_whole_blocks(self) -> AveragingSection:
         if self.part_values % self.block:
@@ -235,7 +240,8 @@ class RetentionSection(_Section):
     """How long a peer keeps what it could be asked for."""
 
     checkpoint_rounds: Annotated[int, Field(ge=3, le=1000)] = 3
-    """Rounds whose claims a peer can open. In the second round after theirs, whoever opens nothing has a strike."""
+    """Rounds whose checkpoints, delta and average are kept: so far back work is audited, and a cheat's taken out. In the
+    second round after theirs, whoever opens nothing has a strike."""
     state_rounds: Annotated[int, Field(ge=2, le=1_000_000)] = 8
 
 

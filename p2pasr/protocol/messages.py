@@ -36,6 +36,9 @@ MAX_ANCESTORS: Final = 16
 MAX_INVITE_BYTES: Final = 512
 """Longest signed invite; peers without merged work carry theirs in every record."""
 
+NO_UNDO: Final = bytes(DIGEST_BYTES)
+"""Stands in a claim where its author has nothing that would take a peer's work out again."""
+
 Digest = Annotated[bytes, Len(DIGEST_BYTES, DIGEST_BYTES)]
 PeerId = Annotated[str, StringConstraints(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$")]
 GroupId = Annotated[bytes, Len(8, 64)]
@@ -132,6 +135,8 @@ class Claim:
         loss_before, loss_after: mean loss of the first and of the last segment.
         hardware: self-declared hardware class of the training.
         against: peers that this one has seen proved to cheat, ascending; see :func:`p2pasr.protocol.state.condemn`.
+        undo: for each of them the digest of what takes its last work out of the state again, a blob; zeros where its
+            author has none. See :func:`p2pasr.protocol.state.undone`.
         strikes: peers that kept from it what they committed to, or accused others falsely, ascending; see
             :func:`p2pasr.protocol.strikes.strike`.
     """
@@ -155,6 +160,7 @@ class Claim:
     loss_after: Loss
     hardware: Word
     against: Annotated[tuple[PeerId, ...], MaxLen(MAX_AGAINST)]
+    undo: Annotated[tuple[Digest, ...], MaxLen(MAX_AGAINST)]
     strikes: Annotated[tuple[PeerId, ...], MaxLen(MAX_AGAINST)]
 
 

@@ -10,7 +10,7 @@ from p2pasr.protocol.admission import check_admitted
 from p2pasr.protocol.assignment import assign
 from p2pasr.protocol.cohorts import EVERYBODY, Cohort
 from p2pasr.protocol.manifest import RunManifest
-from p2pasr.protocol.messages import Attestation, Claim, Mix, Receipt, Roster, Signed
+from p2pasr.protocol.messages import NO_UNDO, Attestation, Claim, Mix, Receipt, Roster, Signed
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State
 from p2pasr.protocol.strikes import suspended
@@ -103,6 +103,11 @@ def check_claim(claim: Claim, view: RoundView) -> None:
         raise Reject(f"{who} speaks against peers out of order, twice, or in vain")
     if not all(view.cohort.has(view.run, peer) for peer in claim.against):
         raise Reject(f"{who} speaks against peers of another cohort")
+    # C7a It has one undo, or none, for each of them; a run whose rule or outer optimizer is not linear has no undo.
+    if len(claim.undo) != len(claim.against):
+        raise Reject(f"{who} names {len(claim.undo)} undos for {len(claim.against)} peers that it speaks against")
+    if not view.manifest.averaging.excises and any(undo != NO_UNDO for undo in claim.undo):
+        raise Reject(f"{who} names an undo, and in this run nothing that was merged is taken out again")
     # C8 Its author may take part: the run is open to it, and it has done the work that the run asks of a key.
     check_admitted(claim.peer, claim.ticket, view.manifest, view)
     # C9 Its author belongs to the cohort. Right after a mix all cohorts start from one state.

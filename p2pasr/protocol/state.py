@@ -17,7 +17,7 @@ from p2pasr.protocol.admission import welcome
 from p2pasr.protocol.cohorts import MAX_BITS, bits_for, is_boundary
 from p2pasr.protocol.encoding import DIGEST_BYTES, blob_digest
 from p2pasr.protocol.manifest import RuleSection, RunManifest
-from p2pasr.protocol.messages import Claim
+from p2pasr.protocol.messages import NO_UNDO, Claim
 from p2pasr.protocol.strikes import Strike, is_strike, strike
 from p2pasr.protocol.tensors import Tensors, forms, tensor_pieces, unpack_tensors
 
@@ -305,6 +305,16 @@ def condemn(bans: Mapping[str, int], merged: Iterable[Claim], round_number: int)
     return dict(sorted({**fresh, **bans}.items()))
 
 
+def undone(merged: Iterable[Claim]) -> dict[str, bytes]:
+    """Whose work is taken out of the state with a round, peer → digest of its undo.
+
+    More than half of the merged claims name the same undo of the peer, so that the round bans it too.
+    """
+    claims = list(merged)
+    votes = Counter(pair for claim in claims for pair in zip(claim.against, claim.undo, strict=True))
+    return {peer: undo for (peer, undo), count in sorted(votes.items()) if undo != NO_UNDO and 2 * count > len(claims)}
+
+
 def cover(covered: Mapping[str, int], merged: Iterable[Claim], manifest: RunManifest) -> tuple[dict[str, int], bool]:
     """Count merged claims for their shards.
 
@@ -321,12 +331,12 @@ def cover(covered: Mapping[str, int], merged: Iterable[Claim], manifest: RunMani
 
 
 def earn(credit: Mapping[str, float], merged: Iterable[Claim], manifest: RunManifest) -> dict[str, float]:
-    """Credit merged claims to their peers: peer → seconds of audio."""
-    earned = dict(credit)
+    """Credit merged claims to their peers, and take all from those whose work is undone: peer → seconds of audio."""
+    earned, claims = dict(credit), list(merged)
     seconds = shard_seconds(manifest)
-    for claim in merged:
+    for claim in claims:
         earned[claim.peer] = earned.get(claim.peer, 0.0) + trained_seconds(claim, manifest, seconds)
-    return earned
+    return earned | dict.fromkeys(undone(claims), 0.0)
 
 
 def describe(state: State) -> dict[str, Any]:

@@ -6,7 +6,7 @@ A claim holds roots only. Its author keeps the digests beneath them and opens th
 * the checkpoint after it, and the last one, against the auditor's signed commitment to its own
   result, so that nobody can hand in the claimed result as a re-run;
 * of a claim without auditor, the last checkpoint to the member that was drawn to compare it with the delta;
-* parts of the delta with their way to the root, to any member, for those were sent to reducers anyway;
+* parts of the delta with their way to the root, or all of it, to any member, for those were sent to reducers anyway;
 * everything, to anybody, from the next round on, when the drawn auditors have committed;
 * the record of the claim's round, to anybody, so that strangers learn whose claims and receipts there are.
 """
@@ -14,6 +14,7 @@ A claim holds roots only. Its author keeps the digests beneath them and opens th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,9 +22,10 @@ from typing import TYPE_CHECKING, Any, Final
 from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.merkle import Tree
 from p2pasr.averaging.partfile import PartFile
-from p2pasr.averaging.waiting import entry
-from p2pasr.errors import LocalError, Reject, TransportError
+from p2pasr.averaging.waiting import entry, in_thread
+from p2pasr.errors import LocalError, Reject, RemoteError, TransportError
 from p2pasr.peers import streams
+from p2pasr.peers.blobs import file_digest
 from p2pasr.peers.streams import Stream
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.messages import Claim, Commitment, Signed, unseal
@@ -35,13 +37,19 @@ if TYPE_CHECKING:
 OFFER_SECONDS: Final = 10.0
 """How long a claim that is not open yet is waited for."""
 
+DELTAS_AT_ONCE: Final = 8
+"""How many whole deltas are fetched at a time."""
+
+OTHER_HOLDERS: Final = 2
+"""How many others are asked for a delta that its author does not give."""
+
 MAX_WAY: Final = 64
 """Siblings on the way to a root."""
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What one claim of ours committed to.
+    """What one claim of ours committed to, or of a claim of somebody else its delta.
 
     Attributes:
         checkpoints: digests of its trace.
@@ -60,7 +68,7 @@ class Offer:
 
 
 class Openings:
-    """The service. Calls: `offer`, `open`, `part`, `record`; see the methods."""
+    """The service. Calls: `offer`, `open`, `part`, `deltas`, `record`; see the methods."""
 
     def __init__(self) -> None:
         self._host: Host
@@ -74,6 +82,7 @@ class Openings:
         host.calls["offer"] = self._call_offer
         host.calls["open"] = self._call_open
         host.calls["part"] = self._call_part
+        host.calls["deltas"] = self._call_deltas
         host.calls["record"] = self._call_record
 
     async def _call_offer(self, args: dict[str, Any]) -> dict[str, Any]:
@@ -140,6 +149,68 @@ class Openings:
         tree.check(claim.message.delta_root, args["index"], layout.parts, blob_digest(data), proof)
         return {"data": data, "proof": proof}
 
+    async def _call_deltas(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Get whole deltas of other peers into the store, as many as come in time.
+
+        What came is given to others in its author's place, until the next offer: whoever gives its delta to some gives
+        it to all.
+
+        Args:
+            args: claims (packed), holders (peers that may have fetched them too), seconds.
+
+        Returns:
+            deltas: for each claim the digest of the encoded delta, None where nobody gave it.
+        """
+        claims = [unseal(packed, Claim) for packed in args["claims"]]
+        gate = asyncio.Semaphore(DELTAS_AT_ONCE)
+        found: dict[bytes, bytes] = {}
+
+        async def obtain(claim: Signed[Claim]) -> None:
+            author = claim.message.peer
+            others = [peer for peer in args["holders"] if peer not in (author, self._host.peer)]
+            for peer in (author, *others[:OTHER_HOLDERS]):
+                with contextlib.suppress(TransportError, RemoteError):
+                    async with gate:
+                        found[claim.digest] = await self._fetch_delta(claim, peer)
+                    return
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(args["seconds"]):
+                await asyncio.gather(*map(obtain, claims))
+        return {"deltas": [found.get(claim.digest) for claim in claims]}
+
+    async def _fetch_delta(self, claim: Signed[Claim], peer: str) -> bytes:
+        """A delta from a peer that has it; returns its digest.
+
+        Raises:
+            TransportError: it is not given.
+            Reject: it does not lie under the claim's root.
+        """
+        layout, store = self._layout(), self._host.store
+        if (known := self._offers.get(claim.digest)) is not None and store.find(known.delta) is not None:
+            return known.delta
+        store.make_room(layout.total_bytes)
+        path, digests = store.scratch("delta"), []
+        try:
+            async with self._host.open(peer, "open") as stream:
+                await stream.send({"claim": claim.digest, "delta": True})
+                await stream.receive()
+                with PartFile(path, layout) as file:
+                    for index in range(layout.parts):
+                        data = await stream.receive_data(layout.part_bytes(index))
+                        file.write(index, data)
+                        digests.append(blob_digest(data))
+            if Tree.of("delta", claim.message).root(digests) != claim.message.delta_root:
+                raise Reject(f"{short(peer)} gives another delta than {short(claim.message.peer)} committed to")
+            delta = await in_thread(file_digest, path)
+            store.commit(path, delta, "delta", durable=False)
+        finally:
+            path.unlink(missing_ok=True)
+        async with self._offered:
+            self._offers[claim.digest] = Offer(claim, (), delta, None, None)
+            self._offered.notify_all()
+        return delta
+
     async def _call_record(self, args: dict[str, Any]) -> dict[str, Any]:
         """Ask a peer what its record of a round is.
 
@@ -165,6 +236,9 @@ class Openings:
         if "part" in request:
             await self._give_part(stream, offer, streams.field(request, "part", int))
             return
+        if "delta" in request:
+            await self._give_delta(stream, offer)
+            return
         index = streams.field(request, "checkpoint", int)
         if not 0 <= index < len(offer.checkpoints):
             raise Reject(f"{short(stream.peer)} asks for checkpoint {index} of {len(offer.checkpoints)}")
@@ -177,8 +251,9 @@ class Openings:
         return await entry(self._offers, claim, self._offered, OFFER_SECONDS, "this claim is not open here")
 
     async def _name_record(self, stream: Stream, number: int) -> None:
-        records = [offer.record for offer in self._offers.values() if offer.claim.message.round == number]
-        if not records or records[0] is None:
+        offers = (offer for offer in self._offers.values() if offer.claim.message.round == number)
+        records = [offer.record for offer in offers if offer.record is not None]
+        if not records:
             raise TransportError(f"no record of round {number} is open here")
         await stream.send({"record": records[0]})
 
@@ -217,6 +292,15 @@ class Openings:
         data, proof = await asyncio.to_thread(prove_part, path, layout, offer.claim.message, index)
         await stream.send({"proof": proof})
         await stream.send_frame(data)
+
+    async def _give_delta(self, stream: Stream, offer: Offer) -> None:
+        layout, path = self._layout(), self._host.store.find(offer.delta)
+        if path is None:
+            raise TransportError("this delta is kept no longer")
+        await stream.send({"parts": layout.parts})
+        with PartFile(path, layout) as delta:
+            for index in range(layout.parts):
+                await stream.send_frame(delta.read(index))
 
     def _layout(self) -> Layout:
         manifest = self._host.manifest

@@ -39,12 +39,14 @@ def retain_traces(
     claim: bytes,
     delta: bytes,
     checkpoints: Sequence[bytes],
+    average: bytes,
     rounds: int,
 ) -> None:
     """Remember a finished round's trace and delete those whose audit window has closed.
 
     Args:
         claim: packed, so that its trace can still be opened after a restart.
+        average: digest of what the round's deltas became.
         rounds: how many rounds a trace is kept.
     """
     traces = {number: trace for number, trace in journal.traces().items() if number > round_number - rounds}
@@ -52,7 +54,9 @@ def retain_traces(
         "claim": claim.hex(),
         "delta": delta.hex(),
         "checkpoints": [digest.hex() for digest in checkpoints],
+        "average": average.hex(),
     }
     journal.keep_traces(traces)
     store.retain("delta", {bytes.fromhex(trace["delta"]) for trace in traces.values()})
+    store.retain("average", {bytes.fromhex(trace["average"]) for trace in traces.values()})
     store.retain("checkpoint", {bytes.fromhex(c) for trace in traces.values() for c in trace["checkpoints"]})

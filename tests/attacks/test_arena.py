@@ -15,20 +15,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from p2pasr import auditing, withholding
+from p2pasr import auditing, excision, withholding
 from p2pasr import round as story
 from p2pasr.auditing import convict
+from p2pasr.averaging import rules
+from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.rules import weights
 from p2pasr.errors import Ignore, LocalError, P2pasrError, Reject, TransportError
 from p2pasr.protocol.admission import work
 from p2pasr.protocol.encoding import blob_digest
-from p2pasr.protocol.messages import Accusation, Audit, Charge, Finding, Invite, Ticket, seal
+from p2pasr.protocol.messages import NO_UNDO, Accusation, Audit, Charge, Finding, Invite, Ticket, seal
 from p2pasr.protocol.rules import check_claim
 from p2pasr.protocol.state import State, parse_state
 from p2pasr.verify import evidence, openings
 from p2pasr.verify.compare import Comparison
 from p2pasr.verify.conflict import Conflict
 from p2pasr.verify.evidence import ConflictProof, pack_proof
+from p2pasr.verify.undo import Undo
 from tests.attacks import adversary
 from tests.attacks.adversary import scaled, trains
 from tests.attacks.arena import Arena, Attack, Player
@@ -254,7 +257,7 @@ def test_the_state_before_a_round_is_read_once_whatever_is_checked_of_it(
 
 def test_whoever_was_heard_once_without_proof_is_not_heard_again(arena: MakeArena) -> None:
     swarm = arena({CHEAT: adversary.slanderer})
-    swarm.play(6)
+    swarm.play(10)
     assert len(swarm.proofs()) > 1
     for player in swarm.players[1:]:
         warned = [event for event in player.member.report.seen("warning") if "without proof" in event["message"]]
@@ -578,6 +581,228 @@ def test_a_member_that_invites_without_end_brings_no_more_votes_than_guests(aren
     swarm.play(1)
     assert len(swarm.state.guests) == 2
     assert len(swarm.state.credit) == PEERS + 2
+
+
+# --- taking out again what was merged -----------------------------------------------------------------------
+
+UNCLIPPED = {"averaging": {"codec": "int8", "block": 16, "part_values": 256, "rule": {"clip_norm": None}}}
+
+
+def no_undo(_member: Any, against: Any) -> tuple[bytes, ...]:
+    """Speaks against cheats and takes nothing out."""
+    return (NO_UNDO,) * len(against)
+
+
+def closes(patch: pytest.MonkeyPatch) -> None:
+    """Is honest, and opens nothing of a round any more once the next one is trained."""
+    honest = story.train
+
+    def train(member: Any, *assigned: Any) -> Any:
+        member.link.call("offer", 1.0, offers=[])
+        return honest(member, *assigned)
+
+    patch.setattr(story, "train", train)
+
+
+def unwilling(patch: pytest.MonkeyPatch) -> None:
+    """Flips its signs, and opens nothing any more when others have seen that."""
+    scaled(-10)(patch)
+    closes(patch)
+
+
+def merged_of(swarm: Arena, position: int, number: int) -> np.ndarray:
+    """What a round added to the parameters of one member: its share of the mean times its decoded delta."""
+    player = swarm.players[position]
+    record = story.RoundRecord.unpack(player.member.journal.read_record(number))
+    claims = [claim.message for claim in record.members]
+    before = parse_state(player.member.store.get(record.before), swarm.manifest, swarm.task.initial_params())
+    weights = rules.weights(claims, swarm.manifest, before.standing, before.guests)
+    trace = player.member.journal.traces()[number]
+    delta = Layout.of(swarm.manifest.parameters, swarm.manifest.averaging).decode(
+        player.member.store.get(bytes.fromhex(trace["delta"]))
+    )
+    at = [claim.peer for claim in claims].index(player.peer)
+    return (weights[at] / sum(weights) * delta.astype(np.float64)).reshape(64, 16)
+
+
+def weights_of(swarm: Arena) -> np.ndarray:
+    return swarm.state.params["weights"]
+
+
+def test_a_ban_takes_out_of_the_parameters_what_was_merged_of_the_cheat(
+    arena: MakeArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = arena({CHEAT: scaled(-10)}, **UNCLIPPED)
+    swarm.play(1)
+    theirs = merged_of(swarm, CHEAT, 0)
+    swarm.play(1)
+    assert swarm.banned == {CHEAT}
+    monkeypatch.setattr(story, "undos_of", no_undo)
+    control = arena({CHEAT: scaled(-10)}, **UNCLIPPED)
+    control.play(2)
+    assert control.banned == {CHEAT}
+    assert control.state.bans == swarm.state.bans
+    code = np.abs(weights_of(control)).max() / 127  # the average was encoded, the rest of it is not
+    without = weights_of(control) - theirs
+    assert np.abs(weights_of(swarm) - without).max() < code
+    assert np.abs(weights_of(control) - without).max() > 50 * code
+
+
+def test_what_was_merged_is_taken_out_without_any_help_of_the_cheat(
+    arena: MakeArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openings, "OFFER_SECONDS", 0.05)
+    helped, swarm = arena({CHEAT: scaled(-10)}, **UNCLIPPED), arena({CHEAT: unwilling}, **UNCLIPPED)
+    helped.play(2)
+    swarm.play(2)
+    assert swarm.banned == {CHEAT}
+    assert swarm.players[1].member.report.seen("round")[-1]["excised"] == [swarm.players[CHEAT].peer]
+    np.testing.assert_array_equal(weights_of(swarm), weights_of(helped))
+
+
+def test_whoever_gives_its_delta_to_nobody_is_taken_out_of_that_round_with_the_cheat(
+    arena: MakeArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openings, "OFFER_SECONDS", 0.05)
+
+    cheats: dict[int, Attack] = {0: closes, 1: scaled(-10)}
+    swarm = arena(cheats, peers=5, **UNCLIPPED)
+    swarm.play(1)
+    theirs = merged_of(swarm, 0, 0) + merged_of(swarm, 1, 0)
+    swarm.play(1)
+    monkeypatch.setattr(story, "undos_of", no_undo)
+    control = arena(cheats, peers=5, **UNCLIPPED)
+    control.play(2)
+    assert swarm.banned == control.banned == {1}
+    code = np.abs(weights_of(control)).max() / 127
+    assert np.abs(weights_of(swarm) - (weights_of(control) - theirs)).max() < code
+
+
+def test_the_round_that_bans_says_what_it_took_out_and_the_cheat_keeps_no_credit(arena: MakeArena) -> None:
+    swarm = arena()
+    swarm.play(1)
+    swarm.players[CHEAT].attack = trains(adversary.nothing)
+    swarm.play(2)
+    assert swarm.banned == {CHEAT}
+    cheat = swarm.players[CHEAT].peer
+    for player in swarm.players[1:]:
+        ended = player.member.report.seen("round")[-1]
+        assert ended["excised"] == ended["banned"] == [cheat]
+        assert "in rounds 0-1 is taken out again" in ended["message"]
+    assert swarm.state.credit[cheat] == 0.0
+
+
+def test_what_was_merged_longer_ago_than_deltas_are_kept_stays(arena: MakeArena) -> None:
+    swarm = arena(**UNCLIPPED)
+    swarm.play(3)
+    swarm.players[CHEAT].attack = scaled(-10)
+    swarm.rounds_to_ban(CHEAT, most=2)
+    assert "in rounds 2-3 is taken out again" in swarm.players[1].member.report.seen("round")[-1]["message"]
+
+
+def test_a_round_in_which_somebody_counted_who_is_banned_already_is_not_undone_again(arena: MakeArena) -> None:
+    swarm = arena({0: scaled(-10)}, peers=6, **UNCLIPPED)
+    swarm.play(1)
+    swarm.players[1].attack = scaled(-10)
+    swarm.play(2)
+    assert swarm.banned == {0, 1}
+    first, second = (player.member.report.seen("round") for player in swarm.players[2:4])
+    assert "in round 0 is taken out again" in first[1]["message"]
+    assert "in round 1 is taken out again" in second[2]["message"]
+
+
+def test_where_half_of_the_others_give_no_delta_nothing_is_taken_out(
+    arena: MakeArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openings, "OFFER_SECONDS", 0.05)
+    swarm = arena({0: closes, 1: closes, 2: closes, 3: scaled(-10)}, peers=6, **UNCLIPPED)
+    swarm.play(2)
+    assert swarm.banned == {3}
+    ended = swarm.players[5].member.report
+    assert ended.seen("round")[-1]["excised"] == []
+    said = [event["message"] for event in ended.seen("warning")]
+    assert any("of 5 others in round 0, only 2 give their delta" in sentence for sentence in said)
+
+
+def test_of_two_cheats_that_are_banned_together_both_terms_go(
+    arena: MakeArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cheats: dict[int, Attack] = {0: scaled(-10), 1: scaled(-5)}
+    swarm = arena(cheats, peers=6, **UNCLIPPED)
+    swarm.play(1)
+    theirs = merged_of(swarm, 0, 0) + merged_of(swarm, 1, 0)
+    swarm.play(1)
+    monkeypatch.setattr(story, "undos_of", no_undo)
+    control = arena(cheats, peers=6, **UNCLIPPED)
+    control.play(2)
+    assert swarm.banned == control.banned == {0, 1}
+    code = np.abs(weights_of(control)).max() / 127
+    assert np.abs(weights_of(swarm) - (weights_of(control) - theirs)).max() < 2 * code
+
+
+def test_what_two_undos_would_both_take_out_goes_once(arena: MakeArena) -> None:
+    swarm = arena(peers=5)
+    member = swarm.players[4].member
+    change = {"weights": np.ones((64, 16), np.float32)}
+    one, two, gone = sorted(player.peer for player in swarm.players[:3])
+    undos = [Undo(peer, tuple(sorted([(0, peer), (0, gone)])), change) for peer in (one, two)]
+    swarm.play(1)
+    digests = tuple(member.store.put("undo", *undo.pieces) for undo in undos)
+    claims = [replace(player.work.claim.message, against=(one, two), undo=digests) for player in swarm.players]
+    assert [undo.peer for undo in excision.agreed_undos(member, claims)] == [one]
+
+
+def test_a_minoritys_undo_changes_nothing(arena: MakeArena, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lie(patch: pytest.MonkeyPatch) -> None:
+        def undos_of(member: Any, against: Any) -> tuple[bytes, ...]:
+            change = {"weights": np.full((64, 16), 100.0, np.float32)}
+            return tuple(member.store.put("undo", *Undo(peer, ((0, peer),), change).pieces) for peer in against)
+
+        patch.setattr(story, "undos_of", undos_of)
+
+    swarm, honest = (arena({CHEAT: scaled(-10), **also}, peers=5) for also in ({1: lie}, {}))
+    swarm.play(2)
+    honest.play(2)
+    assert len({player.work.claim.message.undo for player in swarm.players}) == 3
+    np.testing.assert_array_equal(weights_of(swarm), weights_of(honest))
+
+
+def test_an_undo_that_nobody_gives_fails_the_round(arena: MakeArena) -> None:
+    swarm = arena()
+    swarm.play(1)
+    eve = swarm.players[CHEAT].peer
+    claims = [replace(p.work.claim.message, against=(eve,), undo=(bytes([7]) * 32,)) for p in swarm.players[1:]]
+    with pytest.raises(TransportError, match="none of 3 peers gives the undo 070707"):
+        excision.agreed_undos(swarm.players[CHEAT].member, claims)
+
+
+def test_an_undo_of_somebody_else_is_refused(arena: MakeArena) -> None:
+    swarm = arena()
+    swarm.play(1)
+    eve, other = (swarm.players[number].peer for number in (0, 1))
+    member = swarm.players[2].member
+    undo = member.store.put("undo", *Undo(other, ((0, other),), {"weights": np.ones((64, 16), np.float32)}).pieces)
+    claims = [replace(p.work.claim.message, against=(eve,), undo=(undo,)) for p in swarm.players[1:]]
+    with pytest.raises(Reject, match="is one of"):
+        excision.agreed_undos(member, claims)
+
+
+@pytest.mark.parametrize(
+    ("averaging", "why"),
+    [
+        ({"outer": {"kind": "fedavgm", "learning_rate": 0.5}}, "averaging.outer fedavgm"),
+        ({"rule": {"kind": "median"}}, "averaging.rule median"),
+    ],
+)
+def test_where_a_delta_is_no_term_of_a_sum_the_ban_says_so_and_takes_nothing_out(
+    arena: MakeArena, averaging: dict[str, Any], why: str
+) -> None:
+    swarm = arena({CHEAT: scaled(-10)}, averaging={**UNCLIPPED["averaging"], "rule": {}, **averaging})
+    swarm.play(2)
+    assert swarm.banned == {CHEAT}
+    said = [event["message"] for event in swarm.players[1].member.report.seen("warning")]
+    assert any("cannot help to take out again" in sentence and why in sentence for sentence in said)
+    assert swarm.players[1].member.report.seen("round")[-1]["excised"] == []
 
 
 # --- what is not answered yet -------------------------------------------------------------------------------

@@ -26,7 +26,18 @@ from p2pasr.protocol.admission import newcomers
 from p2pasr.protocol.assignment import assign
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RunManifest
-from p2pasr.protocol.messages import NO_TICKET, Attestation, Claim, Mix, PartReceipt, Receipt, Roster, Signed, seal
+from p2pasr.protocol.messages import (
+    NO_TICKET,
+    NO_UNDO,
+    Attestation,
+    Claim,
+    Mix,
+    PartReceipt,
+    Receipt,
+    Roster,
+    Signed,
+    seal,
+)
 from p2pasr.protocol.rules import RoundView
 from p2pasr.protocol.rules import view_of as round_view
 from p2pasr.protocol.state import State, genesis, params_digest
@@ -125,6 +136,7 @@ def make_claim(who: Identity, manifest: RunManifest, held: State, /, **changes: 
         "hardware": "cpu x86-64",
         "against": (),
         "strikes": (),
+        "undo": (NO_UNDO,) * len(changes.get("against", ())),
     }
     return Claim(**{**fields, **changes})
 

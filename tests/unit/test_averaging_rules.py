@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 from statistics import median
@@ -27,7 +28,7 @@ from p2pasr.averaging.rules import (
     weighted_mean,
 )
 from p2pasr.protocol.manifest import RuleSection, RunManifest
-from p2pasr.protocol.messages import Claim, message_digest
+from p2pasr.protocol.messages import NO_UNDO, Claim, message_digest
 from p2pasr.protocol.state import shard_seconds
 
 from .builders import make_claim, make_identity, make_manifest, make_state, random_delta
@@ -50,6 +51,15 @@ def claim_of(number: int, *shards: int, manifest: RunManifest = MANIFEST, **chan
 def test_a_claim_weighs_the_seconds_of_its_shards_scaled_by_its_segments() -> None:
     claims = [claim_of(1, 0, 1, segments=4), claim_of(2, 2, 3, segments=2), claim_of(3, 5, segments=1)]
     assert weights(claims, MANIFEST, EARNED) == pytest.approx((60 + 61, (62 + 63) / 2, 65 / 4))
+
+
+def test_who_is_banned_with_a_round_weighs_nothing_in_it_and_the_others_what_they_would() -> None:
+    eve = make_identity(3).peer
+    claims = [claim_of(number) for number in (1, 2, 3)]
+    straight = weights(claims, MANIFEST, EARNED)
+    accusing = [dataclasses.replace(claim, against=(eve,), undo=(NO_UNDO,)) for claim in claims[:2]]
+    assert weights([accusing[0], *claims[1:]], MANIFEST, EARNED) == straight
+    assert weights([*accusing, claims[2]], MANIFEST, EARNED) == (*straight[:2], 0.0)
 
 
 def test_what_a_peer_says_about_itself_does_not_enter_its_weight() -> None:

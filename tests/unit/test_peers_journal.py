@@ -66,8 +66,8 @@ def test_a_claim_that_was_written_down_is_found_again_until_the_next(journal: Jo
 
 def test_traces_peers_and_records_are_found_again(journal: Journal) -> None:
     traces = {
-        3: {"claim": "99", "delta": "aa", "checkpoints": ["bb"]},
-        4: {"claim": "", "delta": "cc", "checkpoints": []},
+        3: {"claim": "99", "delta": "aa", "checkpoints": ["bb"], "average": "dd"},
+        4: {"claim": "", "delta": "cc", "checkpoints": [], "average": "ee"},
     }
     journal.keep_traces(traces)
     journal.remember_peers(MADDRS)
@@ -149,7 +149,7 @@ def test_a_damaged_file_is_one_clear_sentence(journal: Journal, name: str, data:
         ("pending.json", b'{"round": 1, "state": "", "claim": 7, "delta": "", "checkpoints": []}'),
         ("pending.json", b'{"round": "x", "state": "", "claim": "", "delta": "", "checkpoints": []}'),
         ("traces.json", b'{"x": {"claim": "", "delta": "", "checkpoints": []}}'),
-        ("traces.json", b'{"0": {"claim": "", "delta": "", "checkpoints": ["zz"]}}'),
+        ("traces.json", b'{"0": {"claim": "", "delta": "", "average": "", "checkpoints": ["zz"]}}'),
         ("traces.json", b'{"0": {"delta": "", "checkpoints": []}}'),
         ("traces.json", b'{"0": {"delta": ""}}'),
         ("traces.json", b'{"0": 7}'),

@@ -89,6 +89,7 @@ claims = drawn(
     loss_after=losses,
     hardware=words,
     against=named,
+    undo=st.lists(digests, max_size=3).map(tuple),
     strikes=named,
 )
 attestations = drawn(Attestation, ancestors=st.lists(digests, max_size=3).map(tuple), work=amounts)

@@ -9,7 +9,7 @@ import pytest
 
 from p2pasr.errors import Ignore, Reject, RemoteError
 from p2pasr.protocol.cohorts import Cohort, cohort_of
-from p2pasr.protocol.messages import PartReceipt, Receipt, Signed, seal
+from p2pasr.protocol.messages import NO_UNDO, Claim, PartReceipt, Receipt, Signed, seal
 from p2pasr.protocol.rules import check_attestation, check_claim, check_part, check_receipts, check_roster
 
 from .builders import (
@@ -23,6 +23,7 @@ from .builders import (
     make_receipt,
     make_roster,
     make_state,
+    manifest_content,
     view_of,
 )
 
@@ -83,24 +84,46 @@ def test_c7_a_claim_speaks_against_peers_of_its_own_cohort() -> None:
     claim = make_claim(WHO, MANIFEST, STATE, shards=view.assigned(WHO.peer))
     mate = next(peer for peer in others if ours.has(STATE.run, peer))
     stranger = next(peer for peer in others if not ours.has(STATE.run, peer))
-    check_claim(dataclasses.replace(claim, against=(mate,)), view)
+    check_claim(dataclasses.replace(claim, against=(mate,), undo=(NO_UNDO,)), view)
     with pytest.raises(Reject, match="speaks against peers of another cohort"):
-        check_claim(dataclasses.replace(claim, against=(stranger,)), view)
+        check_claim(dataclasses.replace(claim, against=(stranger,), undo=(NO_UNDO,)), view)
 
 
 EVE, ANNE = make_identity(2).peer, make_identity(3).peer
 AGAINST = tuple(sorted((EVE, ANNE)))
 
 
+def speaking(against: tuple[str, ...], *undo: bytes) -> Claim:
+    return dataclasses.replace(CLAIM, against=against, undo=undo or (NO_UNDO,) * len(against))
+
+
 @pytest.mark.parametrize("against", [(), (EVE,), AGAINST])
 def test_c7_a_claim_may_speak_against_others(against: tuple[str, ...]) -> None:
-    check_claim(dataclasses.replace(CLAIM, against=against), VIEW)
+    check_claim(speaking(against), VIEW)
 
 
 @pytest.mark.parametrize("against", [AGAINST[::-1], (EVE, EVE), (WHO.peer,)])
 def test_c7_it_speaks_in_order_once_and_not_against_itself(against: tuple[str, ...]) -> None:
     with pytest.raises(Reject, match="out of order, twice, or in vain"):
-        check_claim(dataclasses.replace(CLAIM, against=against), VIEW)
+        check_claim(speaking(against), VIEW)
+
+
+@pytest.mark.parametrize(("against", "undos"), [((), 1), ((EVE,), 2), (AGAINST, 1)])
+def test_c7a_it_has_one_undo_for_each_that_it_speaks_against(against: tuple[str, ...], undos: int) -> None:
+    with pytest.raises(Reject, match=f"names {undos} undos for {len(against)} peers"):
+        check_claim(speaking(against, *[digest_of("undo")] * undos), VIEW)
+
+
+@pytest.mark.parametrize(
+    "averaging", [{"rule": {"kind": "median"}}, {"outer": {"kind": "fedavgm"}}, {"outer": {"kind": "nesterov"}}]
+)
+def test_c7a_it_names_an_undo_only_where_what_was_merged_is_a_term_of_a_sum(averaging: dict[str, Any]) -> None:
+    check_claim(speaking((EVE,), digest_of("undo")), VIEW)
+    manifest = make_manifest(averaging={**manifest_content()["averaging"], **averaging})
+    view = dataclasses.replace(VIEW, manifest=manifest)
+    check_claim(speaking((EVE,)), view)
+    with pytest.raises(Reject, match="nothing that was merged is taken out again"):
+        check_claim(speaking((EVE,), digest_of("undo")), view)
 
 
 def test_c6_and_c7_who_was_banned_claims_nothing_and_is_not_spoken_against_again() -> None:
@@ -108,7 +131,7 @@ def test_c6_and_c7_who_was_banned_claims_nothing_and_is_not_spoken_against_again
     with pytest.raises(Ignore, match="was banned in round 3"):
         check_claim(make_claim(make_identity(2), MANIFEST, STATE), view)
     with pytest.raises(Reject, match="in vain"):
-        check_claim(dataclasses.replace(CLAIM, against=(EVE,)), view)
+        check_claim(speaking((EVE,)), view)
 
 
 def test_c6_and_c10_who_is_suspended_claims_nothing_and_is_not_named_again() -> None:

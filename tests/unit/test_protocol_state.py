@@ -14,7 +14,7 @@ from p2pasr.averaging import outer
 from p2pasr.errors import Reject
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import OuterSection, RunManifest
-from p2pasr.protocol.messages import Claim
+from p2pasr.protocol.messages import NO_UNDO, Claim
 from p2pasr.protocol.state import (
     NO_PARENT,
     State,
@@ -27,6 +27,7 @@ from p2pasr.protocol.state import (
     parse_state,
     remember,
     trained_seconds,
+    undone,
 )
 from p2pasr.protocol.state import shard_seconds as seconds_of
 from p2pasr.protocol.tensors import Tensors, pack_tensors, unpack_tensors
@@ -404,6 +405,36 @@ def test_more_than_half_of_a_rounds_claims_ban(claims: int, votes: int, banned: 
     after = advance(GENESIS, MANIFEST, merged, GENESIS.params, {})
     assert after.bans == ({make_identity(99).peer: GENESIS.round} if banned else {})
     assert parse_state(after.blob, MANIFEST, LIKE).bans == after.bans
+
+
+def undoing(number: int, undo: bytes) -> Claim:
+    return dataclasses.replace(accusing(number, 99), undo=(undo,))
+
+
+UNDO, OTHER = blob_digest(b"undo"), blob_digest(b"another undo")
+
+
+@pytest.mark.parametrize(
+    ("named", "taken"),
+    [
+        ((UNDO,), True),
+        ((UNDO, UNDO, OTHER), True),
+        ((UNDO, UNDO, None), True),
+        ((UNDO, OTHER, NO_UNDO), False),
+        ((UNDO, UNDO, OTHER, NO_UNDO), False),
+        ((UNDO, UNDO, None, None), False),
+        ((NO_UNDO, NO_UNDO, NO_UNDO), False),
+    ],
+)
+def test_an_undo_counts_when_more_than_half_of_all_merged_claims_name_that_very_one(
+    named: tuple[bytes | None, ...], taken: bool
+) -> None:
+    eve = make_identity(99).peer
+    claims = [undoing(number, undo) if undo else accusing(number) for number, undo in enumerate(named, start=1)]
+    assert undone(claims) == ({eve: UNDO} if taken else {})
+    after = advance(dataclasses.replace(GENESIS, credit={eve: 100.0}), MANIFEST, claims, GENESIS.params, {})
+    assert after.credit[eve] == (0.0 if taken else 100.0)
+    assert not taken or eve in after.bans
 
 
 def test_a_ban_stays_with_the_round_in_which_it_was_decided() -> None:

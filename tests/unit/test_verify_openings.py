@@ -219,6 +219,63 @@ def test_parts_of_a_delta_are_given_to_anybody_at_any_time(tmp_path: Path, index
     within(tmp_path, story)
 
 
+async def deltas(host: Host, *holders: Host, seconds: float = 10.0) -> list[bytes | None]:
+    """What a peer gets of the author's whole delta when it asks for it."""
+    peers = [holder.peer for holder in holders]
+    answer = await host.calls["deltas"]({"claims": [WORK.claim.pack()], "holders": peers, "seconds": seconds})
+    return list(answer["deltas"])
+
+
+def test_a_whole_delta_is_given_to_anybody_and_by_whoever_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openings, "OFFER_SECONDS", 0.1)
+
+    async def story(world: World) -> None:
+        await world.offer(DRAWN)
+        (first,) = await deltas(world.auditor)
+        assert first is not None
+        assert world.auditor.store.get(first) == WORK.delta
+        await world.author.calls["offer"]({"offers": []})
+        assert await deltas(world.stranger) == [None]
+        assert await deltas(world.stranger, world.auditor) == [first]
+        assert world.stranger.store.get(first) == WORK.delta
+
+    within(tmp_path, story)
+
+
+def test_a_delta_that_is_fetched_opens_nothing_else_of_its_claim(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.offer(DRAWN)
+        await deltas(world.auditor)
+        stream = {"peer": world.auditor.peer, "round": STATE.round}
+        await refused(world.stranger.calls["record"](stream), TransportError, "no record of round 0")
+        async with world.stranger.open(world.auditor.peer, "open") as asking:
+            await asking.send({"claim": WORK.claim.digest, "checkpoint": 0, "commitment": None})
+            await refused(asking.receive(), TransportError, "asks for checkpoint 0 of 0")
+
+    within(tmp_path, story)
+
+
+def test_who_gives_another_delta_than_it_committed_to_gives_none(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.offer(None)
+        delta = world.author.store.find(blob_digest(WORK.delta))
+        assert delta is not None
+        delta.write_bytes(WORK.delta[:-1] + bytes([WORK.delta[-1] ^ 1]))
+        assert await deltas(world.auditor) == [None]
+        assert world.auditor.store.holds("delta") == []
+
+    within(tmp_path, story)
+
+
+def test_a_delta_that_does_not_come_in_time_is_not_waited_for(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        assert await deltas(world.stranger, seconds=0.05) == [None]
+
+    within(tmp_path, story)
+
+
 def test_a_delta_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await world.offer(None)

@@ -51,7 +51,8 @@ def finish(journal: Journal, store: BlobStore, number: int, rounds: int) -> tupl
     delta = store.put("delta", f"delta {number}".encode())
     names = (f"{number} a", f"{number} b", f"shared {number // 2}")
     checkpoints = [store.put("checkpoint", name.encode()) for name in names]
-    retain_traces(journal, store, number, b"claim", delta, checkpoints, rounds)
+    average = store.put("average", f"average {number}".encode())
+    retain_traces(journal, store, number, b"claim", delta, checkpoints, average, rounds)
     return delta, checkpoints
 
 
@@ -61,14 +62,15 @@ def test_traces_are_kept_for_so_many_rounds(journal: Journal, store: BlobStore, 
     kept = [finished[number] for number in range(6 - rounds, 6)]
     assert set(journal.traces()) == set(range(6 - rounds, 6))
     assert set(store.holds("delta")) == {delta for delta, _ in kept}
+    assert len(store.holds("average")) == rounds
     assert set(store.holds("checkpoint")) == {digest for _, checkpoints in kept for digest in checkpoints}
 
 
 def test_a_round_that_is_finished_again_replaces_its_trace(journal: Journal, store: BlobStore) -> None:
-    retain_traces(journal, store, 3, b"claim", store.put("delta", b"first"), [store.put("checkpoint", b"1")], 2)
+    retain_traces(journal, store, 3, b"claim", store.put("delta", b"first"), [store.put("checkpoint", b"1")], b"", 2)
     second = store.put("delta", b"second")
-    retain_traces(journal, store, 3, b"other", second, [], 2)
-    assert journal.traces() == {3: {"claim": b"other".hex(), "delta": second.hex(), "checkpoints": []}}
+    retain_traces(journal, store, 3, b"other", second, [], b"", 2)
+    assert journal.traces() == {3: {"claim": b"other".hex(), "delta": second.hex(), "checkpoints": [], "average": ""}}
     assert store.holds("delta") == [second]
     assert store.holds("checkpoint") == []
 
