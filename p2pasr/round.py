@@ -1411,8 +1411,8 @@ def settle(member: Member, result: Averaged) -> None:
         f"round {finished} is done: state {after.digest.hex()[:8]}, {len(peers)} peers, "
         f"{after.work:.0f} s of audio so far, {member.traffic['bytes_sent'] / 1e6:.1f} MB sent"
         + (f"; banned for proved cheating: {', '.join(map(short, banned))}" if banned else "")
-        + (f"; strikes for withholding or a false proof: {', '.join(map(short, fresh))}" if fresh else ""),
-        +"".join(f"; {taken_out(peer, rounds)}" for peer, rounds in result.excised.items()),
+        + (f"; strikes for withholding or a false proof: {', '.join(map(short, fresh))}" if fresh else "")
+        + "".join(f"; {taken_out(peer, rounds)}" for peer, rounds in result.excised.items()),
         round=finished,
         state=after.digest,
         peers=peers,

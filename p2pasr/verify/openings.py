@@ -207,7 +207,7 @@ class Openings:
         finally:
             path.unlink(missing_ok=True)
         async with self._offered:
-            self._offers[claim.digest] = Offer(claim, (), delta, None, None)
+            self._offers[claim.digest] = Offer(claim, (), delta, None, None, None)
             self._offered.notify_all()
         return delta
 
