@@ -16,6 +16,7 @@ from p2pasr.averaging.codec import Layout
 from p2pasr.errors import LocalError, NonFiniteStep, P2pasrError, Reject, RemoteError, TransportError
 from p2pasr.having import fetch_shards, shard_path
 from p2pasr.peers.blobs import Kind
+from p2pasr.private import require_probed
 from p2pasr.protocol.audits import Duty, parts_to_reduce, segments_to_rerun
 from p2pasr.protocol.encoding import MEBIBYTE, blob_digest
 from p2pasr.protocol.manifest import RunManifest
@@ -35,13 +36,14 @@ from p2pasr.protocol.messages import (
 )
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, max_state_bytes, parse_state
-from p2pasr.protocol.tensors import forms
+from p2pasr.protocol.tensors import Tensors, forms
 from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, Task
 from p2pasr.verify.evidence import (
     MAX_PROOF_BYTES,
     Judge,
     LinkProof,
     Opening,
+    ProbeProof,
     Proof,
     ReductionProof,
     SegmentProof,
@@ -117,11 +119,15 @@ def check_last_round(member: Member) -> int:
     section = member.manifest.verify
     findings: list[Finding] = []
     done = 0
+    private = member.manifest.data.policy == "private"
     for duty in segments_to_rerun(section, record.after, record.members, member.peer):
         if _is_settled(member, duty.peer):
             continue
         claim = next(each for each in record.members if each.digest == duty.statement)
         began = time.monotonic()
+        if private:
+            findings.append(_tell(member, check_on_probe(member, claim), "probe", began))
+            continue
         findings.append(_tell(member, check_segment(member, claim, duty), "segment", began))
         done += 1
     for duty in parts_to_reduce(section, record.after, record.receipts, member.peer):
@@ -149,9 +155,11 @@ def _record(member: Member, number: int) -> RoundRecord | None:
 
 def _tell(member: Member, finding: Finding, what: str, began: float) -> Finding:
     """Report a finding as an event, with the seconds since it was begun."""
+    of = short(finding.peer)
+    again = f"{what} {finding.item + 1} of {of}, done again" if what != "probe" else f"the delta of {of} on the probe"
     member.report.emit(
         "audit",
-        f"{what} {finding.item + 1} of {short(finding.peer)}, done again: {finding.finding}",
+        f"{again}: {finding.finding}",
         peer=finding.peer,
         what=what,
         item=finding.item,
@@ -246,6 +254,35 @@ def open_checkpoint(member: Member, claim: Signed[Claim], index: int, commitment
     answer = member.link.call("open", OPEN_SECONDS, claim=claim.pack(), checkpoint=index, commitment=commitment)
     data = fetch(member, "checkpoint", answer["digest"], max_checkpoint_bytes(member.manifest), claim.message.peer)
     return Opening(data, tuple(answer["proof"]))
+
+
+def check_on_probe(member: Member, claim: Signed[Claim]) -> Finding:
+    """See what the delta of a claim of private work does on the probe; keeps the proof if it is one."""
+    who, judge = claim.message.peer, judge_of(member)
+    member.step("audit", f"round {claim.message.round}: measuring the delta of {short(who)} on the probe")
+    try:
+        proof = ProbeProof(claim, member.store.get(claim.message.state), open_delta(member, claim))
+        measured = proof.measure(judge)
+    except (TransportError, RemoteError) as error:
+        member.report.warn(f"the delta of {short(who)} could not be measured on the probe: {error}")
+        return Finding(who, claim.digest, 0, "unavailable", 0.0, NOTHING, NOTHING)
+    if measured.finding == "different":
+        convict(member, proof, proof.sentence(measured))
+    rise = min(max(measured.rise, 0.0), MAX_ERROR)
+    return Finding(who, claim.digest, 0, measured.finding, rise, NOTHING, NOTHING)
+
+
+def open_delta(member: Member, claim: Signed[Claim]) -> bytes:
+    """The whole encoded delta of a claim, part by part.
+
+    Raises:
+        TransportError: its author does not give it.
+        Reject: a part does not lie under the claim's root.
+    """
+    layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
+    packed = claim.pack()
+    parts = (member.link.call("part", OPEN_SECONDS, claim=packed, index=index) for index in range(layout.parts))
+    return b"".join(part["data"] for part in parts)
 
 
 def train_again(member: Member, claim: Claim, segment: int, before: State, start: bytes | None) -> bytes:
@@ -394,7 +431,18 @@ def judge_of(member: Member) -> Judge:
     def rerun(claim: Claim, segment: int, before: State, start: bytes | None) -> bytes:
         return train_again(member, claim, segment, before, start)
 
-    return Judge(member.manifest, member.like, rerun)
+    return Judge(member.manifest, member.like, rerun, lambda params: probe_loss(member, params))
+
+
+def probe_loss(member: Member, params: Tensors) -> float:
+    """The task's loss of parameters on the run's probe.
+
+    Raises:
+        LocalError: the task has none.
+    """
+    shards = [bytes.fromhex(shard.digest) for shard in member.manifest.shards]
+    fetch_shards(member, shards)
+    return require_probed(member.task).probe_loss(params, [shard_path(member, shard) for shard in shards])
 
 
 def fetch(member: Member, kind: Kind, digest: bytes, most: int, peer: str) -> bytes:

@@ -16,6 +16,7 @@ from typing import Final
 from p2pasr.auditing import (
     NOTHING,
     Opened,
+    check_on_probe,
     check_part_of,
     conclude_segment,
     fetch,
@@ -51,7 +52,7 @@ class Look:
 
     Attributes:
         round: of what was checked.
-        what: "segment" or "part".
+        what: "segment", "part" or "probe".
     """
 
     round: int
@@ -142,6 +143,11 @@ def check_round(member: Member, line: Line, number: int, rate: float) -> Iterato
             if CHANCE.random() < rate:
                 duty = Duty(receipt.message.peer, receipt.digest, part.index)
                 yield Look(number, "part", check_part_of(member, record, duty))
+    if member.manifest.data.policy == "private":
+        for claim in record.members:
+            if CHANCE.random() < rate:
+                yield Look(number, "probe", check_on_probe(member, claim))
+        return
     drawn: list[tuple[Signed[Claim], Duty, Opened]] = []
     for claim in record.members:
         for segment in range(claim.message.segments):

@@ -203,7 +203,9 @@ class Openings:
             raise Reject(f"{short(peer)} asks for the result of another segment than it commits to")
 
     async def _give_part(self, stream: Stream, offer: Offer, index: int) -> None:
-        layout = self._layout()
+        layout, manifest = self._layout(), self._host.manifest
+        if manifest.data.policy == "private" and not manifest.admits(stream.peer):
+            raise TransportError("what was made of private shards is given to peers of the run only")
         if not 0 <= index < layout.parts:
             raise Reject(f"{short(stream.peer)} asks for part {index} of {layout.parts}")
         path = self._host.store.find(offer.delta)
