@@ -14,11 +14,12 @@ import pytest
 
 from p2pasr import round as story
 from p2pasr.auditing import check_on_probe, judge_of
-from p2pasr.errors import P2pasrError, Reject, RemoteError, TransportError
+from p2pasr.errors import P2pasrError, Reject, TransportError
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.messages import seal
 from p2pasr.protocol.rules import check_claim
 from p2pasr.protocol.tensors import Tensors
+from p2pasr.verify import openings
 from p2pasr.verify.evidence import ProbeProof, pack_proof
 from tests.attacks import adversary
 from tests.attacks.adversary import trains, unprobed
@@ -127,7 +128,7 @@ def test_a_probe_proof_of_which_any_byte_was_changed_convicts_nobody(arena: Make
     swarm = arena({CHEAT: unprobed(adversary.scaled(-10))})
     swarm.play(2)
     packed = pack_proof(swarm.proofs()[0])
-    for position in np.linspace(0, len(packed) - 1, 100).astype(int):
+    for position in np.linspace(0, len(packed) - 1, 40).astype(int):
         changed = packed[:position] + bytes([packed[position] ^ 1]) + packed[position + 1 :]
         with pytest.raises(P2pasrError):
             verdict(swarm.manifest, TinyTask(), swarm.shards, changed)
@@ -150,15 +151,12 @@ def test_more_audio_than_the_run_counts_is_refused_and_less_is_what_it_weighs(ar
 # --- what is not found ------------------------------------------------------------------------------------------
 
 
-def test_a_backdoor_that_does_no_harm_on_the_probe_is_not_found(
-    arena: MakeArena, record_property: Callable[[str, object], None]
-) -> None:
+def test_a_backdoor_that_does_no_harm_on_the_probe_is_not_found(arena: MakeArena) -> None:
     poisoned, honest = arena({CHEAT: trains(adversary.backdoor)}), arena()
     for swarm in (poisoned, honest):
         swarm.play(8)
     rates = [trigger_rate(swarm.state.params) for swarm in (honest, poisoned)]
     losses = [held_out_loss(swarm.state.params) for swarm in (honest, poisoned)]
-    record_property("trigger rate of honest and poisoned", rates)
     print(f"trigger rate {rates[0]:.1%} → {rates[1]:.1%}, held-out loss {losses[0]:.3f} → {losses[1]:.3f}")
     assert poisoned.banned == set()
     assert rates[1] > rates[0] + 0.2
@@ -185,7 +183,7 @@ def test_no_peer_gives_a_private_shard_or_a_checkpoint_to_anybody(arena: MakeAre
             curious.member.link.call("fetch", 1.0, digest=shard, kind="shard", max_bytes=1 << 20, peers=everybody)
     claim = owner.work.claim
     for commitment in (None, bytes(100)):
-        with pytest.raises(RemoteError, match="asks for checkpoint 0 of 0"):
+        with pytest.raises(TransportError, match="asks for checkpoint 0 of 0"):
             curious.member.link.call("open", 1.0, claim=claim.pack(), checkpoint=0, commitment=commitment)
     assert owner.member.store.holds("checkpoint") == []
     assert claim.message.trace_root == bytes(32)
@@ -230,22 +228,18 @@ def test_parts_of_a_delta_are_given_to_peers_that_the_run_admits_only(arena: Mak
     work = story.commit(player.member, shards, *story.train(player.member, shards, 1))
     offer = {"claim": work.claim.pack(), "checkpoints": [], "delta": work.delta, "drawn": None, "record": None}
     player.member.link.call("offer", 1.0, offers=[offer])
-    for reader, admitted in ((swarm.players[1], True), (stranger, False)):
-        if admitted:
-            assert reader.member.link.call("part", 1.0, claim=work.claim.pack(), index=0)["data"]
-            continue
-        with pytest.raises(TransportError, match="to peers of the run only"):
-            reader.member.link.call("part", 1.0, claim=work.claim.pack(), index=0)
+    assert swarm.players[1].member.link.call("part", 1.0, claim=work.claim.pack(), index=0)["data"]
+    with pytest.raises(TransportError, match="to peers of the run only"):
+        stranger.member.link.call("part", 1.0, claim=work.claim.pack(), index=0)
 
 
-def test_a_peer_that_gives_no_parts_cannot_be_measured_and_is_not_convicted(arena: MakeArena) -> None:
+def test_a_peer_that_gives_no_parts_cannot_be_measured_and_is_not_convicted(
+    arena: MakeArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
     swarm = arena()
     swarm.play(1)
     who = swarm.players[0]
     unknown = seal(who.member.identity, replace(who.work.claim.message, delta_norm=7.0))
-    member = swarm.players[1].member
-    who.host.calls.pop("offer")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("p2pasr.verify.openings.OFFER_SECONDS", 0.05)
-        assert check_on_probe(member, unknown).finding == "unavailable"
+    monkeypatch.setattr(openings, "OFFER_SECONDS", 0.05)
+    assert check_on_probe(swarm.players[1].member, unknown).finding == "unavailable"
     assert swarm.proofs() == []
