@@ -88,7 +88,7 @@ def test_a_task_without_a_loss_for_the_probe_is_refused_in_private_runs_only(
             return {"value": np.zeros(300, dtype=np.float32)}
 
     new_run(run_config(), shards, task=Plain())
-    with pytest.raises(LocalError, match="Plain has no probe_loss; see p2pasr.Probed"):
+    with pytest.raises(LocalError, match=r"Plain has no probe_loss; see p2pasr\.Probed"):
         new_run(run_config(data=PRIVATE), shards, task=Plain())
     private = manifest.model_copy(update={"data": manifest.data.model_copy(update=PRIVATE)})
     with pytest.raises(LocalError, match="needs a task that says its loss on the probe"):
