@@ -102,7 +102,7 @@ def test_lora_says_the_same_loss_every_time_whatever_was_trained_before(
     assert isinstance(task, Probed)
     params = task.initial_params()
     first = require_probed(task).probe_loss(params, paths)
-    task._set({name: value + np.float32(0.1) for name, value in params.items()})
+    task.set_params({name: value + np.float32(0.1) for name, value in params.items()})
     task.model.train()
     assert task.probe_loss(params, paths) == first, "neither weights nor dropout are left from what was before"
     assert make_task(micro_batch=3).probe_loss(params, paths) == pytest.approx(first, rel=1e-5)
