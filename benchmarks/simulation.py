@@ -292,6 +292,7 @@ class Simulation:
             before.round,
             before.digest,
             shards,
+            0.0,
             2,
             50,
             800,
@@ -494,7 +495,7 @@ def _record_bytes(state: State) -> dict[str, int]:
     address = "/ip4/203.0.113.5/tcp/31337/p2p/" + who
     messages: list[Message] = [
         Roster(state.run, who, 0, nothing, "training", 1, 1.5e9, False, "cpu x86-64", "0.1.0", (address,)),
-        Claim(state.run, who, 0, nothing, (nothing,) * 2, 2, 50, 800, nothing, nothing, 1.0, 2.0, 1.0, "cpu", ()),
+        Claim(state.run, who, 0, nothing, (nothing,) * 2, 0.0, 2, 50, 800, nothing, nothing, 1.0, 2.0, 1.0, "cpu", ()),
         Attestation(state.run, who, 16, nothing, (nothing,) * MAX_ANCESTORS, 1.0),
         Mix(state.run, who, 0, nothing, nothing, nothing, True, tuple(range(32)), nothing),
     ]
