@@ -285,6 +285,7 @@ def _claim(
         round=number,
         state=state,
         shards=(nothing,),
+        seconds=0.0,
         segments=SEGMENTS,
         steps=SEGMENTS,
         samples=SEGMENTS,

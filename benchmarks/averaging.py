@@ -138,6 +138,7 @@ class _Ours:
             round=number,
             state=STATE,
             shards=assign(manifest, STATE, {}, identity.peer),
+            seconds=0.0,
             segments=manifest.rounds.segments,
             steps=steps,
             samples=steps * manifest.rounds.samples_per_step,

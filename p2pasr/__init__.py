@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from p2pasr.runs import evaluate, export, new_run
     from p2pasr.shards import OwnShard, write_shards
     from p2pasr.speech.prepare import Settings, prepare
-    from p2pasr.tasks import Bounded, Checkpoint, SegmentPlan, SegmentReport, Task
+    from p2pasr.tasks import Bounded, Checkpoint, Probed, SegmentPlan, SegmentReport, Task
     from p2pasr.tasks.training import GradientTask, TrainingConfig, fresh_params, trainable
 
 _HOMES = {
@@ -41,6 +41,7 @@ _HOMES = {
     "prepare": "p2pasr.speech.prepare",
     "Bounded": "p2pasr.tasks",
     "Checkpoint": "p2pasr.tasks",
+    "Probed": "p2pasr.tasks",
     "SegmentPlan": "p2pasr.tasks",
     "SegmentReport": "p2pasr.tasks",
     "State": "p2pasr.protocol.state",
@@ -63,6 +64,7 @@ __all__ = [
     "P2pasrError",
     "Peer",
     "PeerOptions",
+    "Probed",
     "RemoteError",
     "RunConfig",
     "RunManifest",

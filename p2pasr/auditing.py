@@ -18,6 +18,7 @@ from p2pasr.canonical import settle
 from p2pasr.errors import LocalError, NonFiniteStep, P2pasrError, Reject, RemoteError, TransportError
 from p2pasr.having import fetch_shards, shard_path
 from p2pasr.peers.blobs import Kind
+from p2pasr.private import require_probed
 from p2pasr.protocol.audits import Duty, draw_auditors, link_checker, link_checkers, parts_to_reduce, segments_to_rerun
 from p2pasr.protocol.encoding import MEBIBYTE, blob_digest
 from p2pasr.protocol.manifest import RunManifest
@@ -37,13 +38,14 @@ from p2pasr.protocol.messages import (
 )
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, max_state_bytes, parse_state
-from p2pasr.protocol.tensors import forms
+from p2pasr.protocol.tensors import Tensors, forms
 from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, Task
 from p2pasr.verify.evidence import (
     MAX_PROOF_BYTES,
     Judge,
     LinkProof,
     Opening,
+    ProbeProof,
     Proof,
     ReductionProof,
     SegmentProof,
@@ -88,12 +90,21 @@ def offer(member: Member) -> None:
                 "delta": bytes.fromhex(trace["delta"]),
                 "drawn": _drawn(member, number, packed) if fresh else None,
                 "link": _link_checker(member, number, packed) if fresh else None,
+                "readers": _readers(member, number),
                 "record": None if record is None else blob_digest(record),
             }
         )
     member.store.retain("record", records)
     member.link.call("offer", OPEN_SECONDS, offers=offers)
     member.link.call("ban", OPEN_SECONDS, peers=sorted(member.state.bans))
+
+
+def _readers(member: Member, number: int) -> list[str] | None:
+    """Who may have the delta of a round: those who were in it where it was made of private shards, or else everybody."""
+    if member.manifest.data.policy != "private":
+        return None
+    record = record_of(member, number)
+    return [] if record is None else [each.message.peer for each in record.members]
 
 
 def kept_traces(member: Member) -> dict[int, dict[str, Any]]:
@@ -140,7 +151,8 @@ def check_last_round(member: Member) -> int:
     section = member.manifest.verify
     segments = segments_to_rerun(section, record.after, record.members, member.peer, member.state.strikes)
     parts = parts_to_reduce(section, record.after, record.receipts, member.peer)
-    checkers = link_checkers(section, record.after, record.members, member.state.strikes)
+    private = member.manifest.data.policy == "private"
+    checkers = {} if private else link_checkers(section, record.after, record.members, member.state.strikes)
     links = [claim for claim in record.members if checkers.get(claim.digest) == member.peer]
     if not (segments or links or parts):
         return 0
@@ -152,6 +164,9 @@ def check_last_round(member: Member) -> int:
             continue
         claim = next(each for each in record.members if each.digest == duty.statement)
         began = time.monotonic()
+        if private:
+            findings.append(tell(member, check_on_probe(member, claim), "probe", began))
+            continue
         findings.append(tell(member, check_segment(member, before, claim, duty), "segment", began))
         done += 1
     for claim in links:
@@ -183,9 +198,11 @@ def record_of(member: Member, number: int) -> RoundRecord | None:
 
 def tell(member: Member, finding: Finding, what: str, began: float) -> Finding:
     """Report a finding as an event, with the seconds since it was begun."""
+    of = short(finding.peer)
+    again = f"{what} {finding.item + 1} of {of}, done again" if what != "probe" else f"the delta of {of} on the probe"
     member.report.emit(
         "audit",
-        f"{what} {finding.item + 1} of {short(finding.peer)}, done again: {finding.finding}",
+        f"{again}: {finding.finding}",
         peer=finding.peer,
         what=what,
         item=finding.item,
@@ -345,6 +362,35 @@ def open_checkpoint(
     data = fetch(member, "checkpoint", answer["digest"], most, claim.message.peer, until)
     member.opened += len(data)
     return Opening(data, tuple(answer["proof"]))
+
+
+def check_on_probe(member: Member, claim: Signed[Claim]) -> Finding:
+    """See what the delta of a claim of private work does on the probe; keeps the proof if it is one."""
+    who, judge = claim.message.peer, judge_of(member)
+    member.step("audit", f"round {claim.message.round}: measuring the delta of {short(who)} on the probe")
+    try:
+        proof = ProbeProof(claim, member.store.get(claim.message.state), open_delta(member, claim))
+        measured = proof.measure(judge)
+    except (TransportError, RemoteError) as error:
+        member.report.warn(f"the delta of {short(who)} could not be measured on the probe: {error}")
+        return Finding(who, claim.digest, 0, "unavailable", 0.0, NOTHING, NOTHING)
+    if measured.finding == "different":
+        convict(member, proof, proof.sentence(measured))
+    rise = min(max(measured.rise, 0.0), MAX_ERROR)
+    return Finding(who, claim.digest, 0, measured.finding, rise, NOTHING, NOTHING)
+
+
+def open_delta(member: Member, claim: Signed[Claim]) -> bytes:
+    """The whole encoded delta of a claim, part by part.
+
+    Raises:
+        TransportError: its author does not give it.
+        Reject: a part does not lie under the claim's root.
+    """
+    layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
+    packed = claim.pack()
+    parts = (member.link.call("part", OPEN_SECONDS, claim=packed, index=index) for index in range(layout.parts))
+    return b"".join(part["data"] for part in parts)
 
 
 def train_again(member: Member, claim: Claim, segment: int, before: State, start: bytes | None) -> bytes:
@@ -518,7 +564,18 @@ def judge_of(member: Member) -> Judge:
     def rerun(claim: Claim, segment: int, before: State, start: bytes | None) -> bytes:
         return train_again(member, claim, segment, before, start)
 
-    return Judge(member.manifest, member.like, rerun)
+    return Judge(member.manifest, member.like, rerun, lambda params: probe_loss(member, params))
+
+
+def probe_loss(member: Member, params: Tensors) -> float:
+    """The task's loss of parameters on the run's probe.
+
+    Raises:
+        LocalError: the task has none.
+    """
+    shards = [bytes.fromhex(shard.digest) for shard in member.manifest.shards]
+    fetch_shards(member, shards)
+    return require_probed(member.task).probe_loss(params, [shard_path(member, shard) for shard in shards])
 
 
 def fetch(member: Member, kind: Kind, digest: bytes, most: int, peer: str, until: float = inf) -> bytes:

@@ -49,11 +49,13 @@ def provide(member: Member) -> None:
 
 
 def shard_path(member: Member, shard: bytes) -> Path:
-    """Where an assigned shard lies.
+    """Where a shard to train or measure on lies.
 
     Raises:
         TransportError: it was there and is gone; the next attempt fetches it again.
     """
+    if member.private is not None and shard in member.private.paths:
+        return member.private.paths[shard]
     path = member.store.find(shard)
     if path is None:
         raise TransportError(f"shard {shard.hex()[:12]}… has vanished from {member.store.root}")

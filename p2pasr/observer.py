@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from p2pasr.auditing import Opened, check_opened, check_part_of, fetch, open_segment, unavailable
+from p2pasr.auditing import Opened, check_on_probe, check_opened, check_part_of, fetch, open_segment, unavailable
 from p2pasr.errors import RemoteError, TransportError
 from p2pasr.peers.sync import fetch_state
 from p2pasr.protocol.agreement import agree
@@ -42,7 +42,7 @@ class Look:
 
     Attributes:
         round: of what was checked.
-        what: "segment" or "part".
+        what: "segment", "part" or "probe".
     """
 
     round: int
@@ -133,6 +133,11 @@ def check_round(member: Member, line: Line, number: int, rate: float) -> Iterato
             if CHANCE.random() < rate:
                 duty = Duty(receipt.message.peer, receipt.digest, part.index)
                 yield Look(number, "part", check_part_of(member, before, record, duty))
+    if member.manifest.data.policy == "private":
+        for claim in record.members:
+            if CHANCE.random() < rate:
+                yield Look(number, "probe", check_on_probe(member, claim))
+        return
     drawn: list[tuple[Signed[Claim], Duty, Opened]] = []
     for claim in record.members:
         for segment in range(claim.message.segments):

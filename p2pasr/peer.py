@@ -26,6 +26,7 @@ from p2pasr.peers.journal import Journal
 from p2pasr.peers.link import Link
 from p2pasr.peers.records import Records
 from p2pasr.peers.sync import fetch_manifest
+from p2pasr.private import check_use, open_private
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.state import State, parse_state
 from p2pasr.report import Report
@@ -62,6 +63,7 @@ class PeerOptions:
         client_mode: accept no connections (behind a router that cannot be changed).
         upload_limit_mbit: cap on uploads, Mbit/s.
         seed_data: a folder of prepared shards to give to others and train on.
+        private_shards: a folder of prepared shards to train on and give to nobody, in runs with private ones.
         device: "cpu", "cuda", "cuda:1", or "auto".
         threads: CPU threads for training; torch's choice if None.
         model: a local folder of the base model, where it cannot be loaded by its name.
@@ -79,6 +81,7 @@ class PeerOptions:
     client_mode: bool = False
     upload_limit_mbit: float | None = None
     seed_data: Path | None = None
+    private_shards: Path | None = None
     device: str = "auto"
     threads: int | None = None
     model: str | None = None
@@ -139,6 +142,9 @@ class Peer:
         if manifest is not None:
             store.put("manifest", manifest.canonical())
         lend = self._lend(store, manifest)
+        private = None if options.private_shards is None else open_private(options.private_shards, store)
+        if manifest is not None:
+            check_use(private, manifest)
         config = LinkConfig(
             node=NodeConfig(
                 identity_path=str(identity_path),
@@ -165,6 +171,7 @@ class Peer:
         if manifest is None:
             report.wait(f"fetching the manifest of run {run.hex()[:16]} from peers")
             manifest = fetch_manifest(link, store, run, options.join_seconds, report.wait)
+            check_use(private, manifest)
         task = self._task or build_task(manifest, _device(options), options.model)
         state = initial_state(manifest, task)
         like = state.params
@@ -184,6 +191,7 @@ class Peer:
             state=state,
             client_mode=options.client_mode,
             model=options.model,
+            private=private,
         )
         if head is None:
             hold(self.member, state)
@@ -367,6 +375,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--client-mode", action="store_true", help="accept no connections; for routers that cannot be changed")
     add("--upload-limit-mbit", type=float, metavar="N", help="cap on uploads, Mbit/s")
     add("--seed-data", type=Path, metavar="DIR", help="prepared shards to give to others")
+    add("--private-shards", type=Path, metavar="DIR", help="prepared shards to train on that never leave this machine")
     add("--device", default="auto", help="cpu, cuda, cuda:1 … (default: auto)")
     add("--threads", type=int, metavar="N", help="CPU threads for training (default: torch's choice)")
     add("--model", metavar="DIR", help="local folder of the run's base model, if its name cannot be loaded")
@@ -397,6 +406,7 @@ def _options(arguments: argparse.Namespace) -> PeerOptions:
         client_mode=arguments.client_mode,
         upload_limit_mbit=arguments.upload_limit_mbit,
         seed_data=arguments.seed_data,
+        private_shards=arguments.private_shards,
         device=arguments.device,
         threads=arguments.threads,
         model=arguments.model,

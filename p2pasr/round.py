@@ -20,7 +20,7 @@ from typing import Final, TypeVar
 import numpy as np
 
 from p2pasr import __version__
-from p2pasr.auditing import check_last_round, convict, hear, offer
+from p2pasr.auditing import check_last_round, convict, hear, offer, probe_loss
 from p2pasr.averaging import outer
 from p2pasr.averaging.codec import Decoded, Flat, Layout
 from p2pasr.averaging.merkle import Tree
@@ -36,6 +36,7 @@ from p2pasr.peers.journal import Journal, Pending
 from p2pasr.peers.link import Link
 from p2pasr.peers.records import Records
 from p2pasr.peers.streams import patience
+from p2pasr.private import PrivateShards, require_shards
 from p2pasr.protocol import admission, mixing
 from p2pasr.protocol.admission import read_invite
 from p2pasr.protocol.agreement import Agreement, quorum, result_of
@@ -60,6 +61,7 @@ from p2pasr.protocol.messages import (
     unseal,
 )
 from p2pasr.protocol.mixing import NO_CHOICE, Ledger, Part, Tally
+from p2pasr.protocol.private import conceal, counted_seconds, draw
 from p2pasr.protocol.rules import RoundView, view_of
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, advance, mix_due, parse_state, remember, undone
@@ -68,6 +70,7 @@ from p2pasr.report import Report
 from p2pasr.tasks.base import Bounded, Checkpoint, OnStep, SegmentPlan, Task
 from p2pasr.verify.conflict import Conflict, contradict
 from p2pasr.verify.evidence import ConflictProof
+from p2pasr.verify.probe import measure
 from p2pasr.verify.record import MixRecord, RoundRecord, check_record, in_every_part
 from p2pasr.verify.trace import Trace, retain_traces
 from p2pasr.withholding import ask_again
@@ -105,6 +108,9 @@ ATTEMPTS: Final = 3
 SLACK: Final = 1.01
 """How much further than the task's bound a value may have moved: the optimizer's own arithmetic is rounded too."""
 
+MAX_HALVINGS: Final = 8
+"""How often a delta of private shards is made shorter before its peer gives up."""
+
 LOOKS_AT_ONCE: Final = 8
 """How many places of the directory are read at a time."""
 
@@ -122,6 +128,7 @@ class Member:
     Attributes:
         like: the initial parameters, for names and shapes.
         state: what this peer holds; replaced only by a committed round or by the state that holds.
+        private: its own shards, where the run trains on such.
         lineage: digests of the states that `state` grew from, the newest first, as far as they are known.
         attested: this peer's current attestation, None before its first.
         attested_in: the cohort that can see it.
@@ -157,6 +164,7 @@ class Member:
     state: State
     client_mode: bool = False
     model: str | None = None
+    private: PrivateShards | None = None
     lineage: tuple[bytes, ...] = field(default=(), init=False)
     attested: Signed[Attestation] | None = None
     attested_in: Cohort = EVERYBODY
@@ -536,9 +544,10 @@ def check_admitted(member: Member) -> None:
     """May this peer take part?
 
     Raises:
-        LocalError: it was banned, or is not admitted.
+        LocalError: it was banned, is not admitted, or has no shards of its own where the run needs them.
         TooEarly: who invited it has not merged enough work yet.
     """
+    require_shards(member.private, member.manifest)
     section = member.manifest.admission
     try:
         admission.check_admitted(member.peer, member.ticket, member.manifest, member.state)
@@ -620,10 +629,15 @@ def ready_to_train(member: Member) -> bool:
 
 
 def assign_shards(member: Member) -> tuple[bytes, ...]:
-    """This peer's shards for the round, fetched."""
-    shards = member.view.assigned(member.peer)
-    member.step("assign", f"round {member.state.round}: {len(shards)} shards")
-    fetch_shards(member, shards)
+    """This peer's shards for the round: fetched, or drawn from its own."""
+    private, state = member.private, member.state
+    if private is not None:
+        shards = draw(private.paths, state.digest, member.peer, member.manifest.rounds.shards_per_peer)
+    else:
+        shards = member.view.assigned(member.peer)
+    member.step("assign", f"round {state.round}: {len(shards)} shards")
+    if private is None:
+        fetch_shards(member, shards)
     return shards
 
 
@@ -637,7 +651,8 @@ def train(member: Member, shards: Sequence[bytes], segments: int) -> tuple[Check
     member.step("train", f"round {member.state.round}: training")
     member.say("training")
     paths = [shard_path(member, shard) for shard in shards]
-    trace = Trace(member.store, member.state.run, member.state.round, member.peer)
+    kept = member.store if member.private is None else None
+    trace = Trace(kept, member.state.run, member.state.round, member.peer)
     now = Checkpoint(member.state.params)
     losses: list[float] = []
     for segment in range(segments):
@@ -709,10 +724,15 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
         LocalError: the delta is none that the task's optimizer can have made.
     """
     member.step("commit", f"round {member.state.round}: committing to the delta")
-    encoded = write_delta(member, member.state.params, end.params)
+    write = write_delta if member.private is None else write_private_delta
+    encoded = write(member, member.state.params, end.params)
     check_moves(member, encoded.largest, len(losses))
     rounds = member.manifest.rounds
     steps = len(losses) * rounds.steps_per_segment
+    names, seconds, said = shards, 0.0, (losses[0], losses[-1])
+    if (private := member.private) is not None:  # losses would tell how well the model hears these people
+        names, said = conceal(shards, member.state.digest, private.secret), (0.0, 0.0)
+        seconds = counted_seconds([private.seconds[shard] for shard in shards], member.manifest)
     hear(member)
     against = accused(member)
     claim = seal(
@@ -723,15 +743,16 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
             ticket=member.ticket,
             round=member.state.round,
             state=member.state.digest,
-            shards=shards,
+            shards=names,
+            seconds=seconds,
             segments=len(losses),
             steps=steps,
             samples=steps * rounds.samples_per_step,
             trace_root=trace.root,
             delta_root=Tree("delta", member.state.run, member.state.round, member.peer).root(encoded.parts),
             delta_norm=encoded.norm,
-            loss_before=losses[0],
-            loss_after=losses[-1],
+            loss_before=said[0],
+            loss_after=said[1],
             hardware=member.task.hardware_class[:128],
             against=against,
             undo=undos_of(member, against),
@@ -799,6 +820,28 @@ def write_delta(member: Member, start: Tensors, end: Tensors) -> Encoded:
     finally:
         path.unlink(missing_ok=True)
     return Encoded(delta, tuple(digests), sqrt(squares), largest)
+
+
+def write_private_delta(member: Member, start: Tensors, end: Tensors) -> Encoded:
+    """The same for private shards: what others would take for poison on the probe is halved until they do not.
+
+    An honest delta can go too far, for what one home records is not what the probe holds.
+
+    Raises:
+        LocalError: however short it is, it makes the loss on the probe too large.
+    """
+    for _ in range(MAX_HALVINGS):
+        encoded = write_delta(member, start, end)
+        delta = member.store.get(encoded.digest)
+        measured = measure(member.state, delta, member.manifest, lambda params: probe_loss(member, params))
+        if not measured.is_proof:
+            return encoded
+        member.report.warn(f"round {member.state.round}: the delta {measured}, so half of it is claimed")
+        end = {name: start[name] + np.float32(0.5) * (end[name] - start[name]) for name in start}
+    raise LocalError(
+        f"round {member.state.round} was not claimed: even a small part of what was trained here makes the loss on the "
+        f"probe too large; see whether transcripts fit their recordings, and whether the run's probe is of such speech"
+    )
 
 
 def check_moves(member: Member, largest: float, segments: int) -> None:

@@ -13,6 +13,7 @@ from p2pasr import tasks
 from p2pasr.errors import LocalError, Reject
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.peers.journal import Journal
+from p2pasr.private import require_probed
 from p2pasr.protocol.manifest import RunConfig, RunManifest, parse_manifest, read_manifest, validated
 from p2pasr.protocol.state import State, genesis, params_digest, parse_state
 from p2pasr.protocol.tensors import Tensors
@@ -44,7 +45,7 @@ def new_run(
 
     Raises:
         LocalError: a shard is missing, corrupt, listed twice or made for another model or window, or the task
-            cannot be built.
+            cannot be built or does not offer what the run's data need.
     """
     index = read_index(shards)
     for shard in index.shards:
@@ -55,6 +56,7 @@ def new_run(
         pinned = tasks.pin(config.task.kind, config.task.config, model, files)
         task = tasks.build(config.task.kind, pinned, seed=config.seed, model=model, shards=files)
         content["task"]["config"] = pinned
+    check_offers(task, config)
     params = task.initial_params()
     content |= {
         "shards": tuple(asdict(shard) for shard in index.shards),
@@ -64,12 +66,23 @@ def new_run(
     return validated(RunManifest, content, "the run")
 
 
+def check_offers(task: tasks.Task, config: RunConfig) -> None:
+    """Does the task offer what the run's data need?
+
+    Raises:
+        LocalError: shards are private, and it has no loss for the probe.
+    """
+    if config.data.policy == "private":
+        require_probed(task)
+
+
 def initial_state(manifest: RunManifest, task: tasks.Task) -> State:
     """The state before round 0, computed here and compared with the manifest.
 
     Raises:
-        LocalError: this machine computes another one than the run's author did.
+        LocalError: this machine computes another one than the run's author did, or the task cannot train the run.
     """
+    check_offers(task, manifest)
     params = task.initial_params()
     if params_digest(params).hex() != manifest.initial:
         raise LocalError(

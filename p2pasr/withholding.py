@@ -13,7 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from p2pasr.auditing import OPEN_SECONDS, check_opened, check_part_of, note_strike, open_segment, record_of, tell
+from p2pasr.auditing import (
+    OPEN_SECONDS,
+    check_on_probe,
+    check_opened,
+    check_part_of,
+    note_strike,
+    open_segment,
+    record_of,
+    tell,
+)
 from p2pasr.errors import RemoteError, TransportError
 from p2pasr.protocol.audits import Duty, draw_auditors, link_checker, parts_to_reduce
 from p2pasr.protocol.messages import Claim, Signed
@@ -121,9 +130,10 @@ def _drawn(
         return
     claim = record.members[position]
     duty = draw_auditors(section, record.after, claim, members, after.strikes).get(auditor)
-    if duty is None and link_checker(section, record.after, claim, members, after.strikes) == auditor:
+    private = member.manifest.data.policy == "private"
+    if duty is None and not private and link_checker(section, record.after, claim, members, after.strikes) == auditor:
         duty = Duty(claim.message.peer, statement, claim.message.segments - 1)
-    if duty is not None and duty.item == item:
+    if duty is not None and (item == 0 if private else duty.item == item):
         yield Doubt(claim, duty, auditor, None)
     senders = {(r.digest, part.index): part.senders for r in record.receipts for part in r.message.parts}
     for duty in parts_to_reduce(section, record.after, record.receipts, auditor):
@@ -135,6 +145,9 @@ def _try(member: Member, record: RoundRecord, doubt: Doubt, retries_end: float, 
     """Have what is missing, and check it if it falls to us; returns the segments trained, None if it is withheld."""
     claim, duty, began = doubt.claim, doubt.duty, time.monotonic()
     member.step("audit", f"round {record.round}: asking {short(claim.message.peer)} for what was not to be had before")
+    if doubt.index is None and member.manifest.data.policy == "private":
+        found = tell(member, check_on_probe(member, claim), "probe", began)
+        return None if found.finding == "unavailable" else 0
     while True:
         try:
             if doubt.index is None:

@@ -34,10 +34,16 @@ def ledger(
     state = saved.state(None, None)
     rows = rank(saved)
     if as_json:
-        typer.echo(json.dumps({"round": state.round, "state": state.digest.hex(), "peers": rows}, indent=1))
+        verified = saved.manifest.data.policy == "shared"
+        about = {"round": state.round, "state": state.digest.hex(), "credit_verified": verified}
+        typer.echo(json.dumps({**about, "peers": rows}, indent=1))
         return
     table = Table(title=f"{saved.manifest.name}, before round {state.round}", title_justify="left")
-    table.caption = "banned: in which round; rounds: those that this peer took part in; strikes: those that count"
+    private = saved.manifest.data.policy == "private"
+    stated = "; audio: as claimed, at most what the run counts, and verified by nobody" if private else ""
+    table.caption = (
+        f"banned: in which round; rounds: those that this peer took part in; strikes: those that count{stated}"
+    )
     for column in ("", "peer", "audio", "trust", "rounds", "checked", "proofs", "strikes", "banned"):
         table.add_column(column, justify="left" if column in ("peer", "checked", "proofs") else "right")
     for place, row in enumerate(rows, 1):

@@ -21,7 +21,10 @@ def _group() -> None:
 @app.command()
 def new(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="what the run trains and how")],
-    shards: Annotated[Path, typer.Option(metavar="SHARDS", help="folder of prepared shards")],
+    shards: Annotated[
+        Path,
+        typer.Option(metavar="SHARDS", help="folder of prepared shards; of the probe, if peers keep theirs private"),
+    ],
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="the manifest (default: CONFIG.run.json)")] = None,
     model: Annotated[str | None, typer.Option(metavar="DIR", help="local folder of the base model")] = None,
 ) -> None:
@@ -42,4 +45,5 @@ def new(
         f"manifest: {path} ({len(manifest.shards)} shards, {hours:.2f} h of audio, "
         f"{manifest.parameters:,} trained values)"
     )
-    console.print(f"first peer: python -m p2pasr.peer --run {path} --seed-data {shards}")
+    own = " --private-shards OWN" if manifest.data.policy == "private" else ""
+    console.print(f"first peer: python -m p2pasr.peer --run {path} --seed-data {shards}{own}")

@@ -34,7 +34,8 @@ def check(
     proof: Annotated[Path, typer.Argument(metavar="PROOF", help="a file from the evidence folder of a peer's run")],
     run: Annotated[Path, typer.Option(metavar="MANIFEST", help="the run's manifest file")],
     shards: Annotated[
-        Path | None, typer.Option(metavar="SHARDS", help="folder with the shards, for a segment that is trained again")
+        Path | None,
+        typer.Option(metavar="SHARDS", help="folder with the run's shards, to train a segment again or for the probe"),
     ] = None,
     model: ModelDir = None,
     device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
@@ -42,7 +43,8 @@ def check(
 ) -> None:
     """Check a proof that a peer cheated.
 
-    Nothing is needed but the run's manifest, and for a segment its shards. Ends with an error if it proves nothing.
+    Nothing is needed but the run's manifest, and its shards for a segment or a delta on the probe. Ends with an error
+    if it proves nothing.
     """
     from p2pasr.protocol.manifest import read_manifest
     from p2pasr.verify.evidence import MAX_PROOF_BYTES, Judge, unpack_proof
@@ -53,7 +55,8 @@ def check(
         raise LocalError(f"{proof} is longer than any proof")
     try:
         read = unpack_proof(proof.read_bytes())
-        trained = read.kind == "segment"
+        how = {"segment": "trained again", "probe": "the loss on the probe"}.get(read.kind, "arithmetic")
+        trained = how != "arithmetic"
         judge = _training_judge(manifest, shards, device, model) if trained and shards else Judge(manifest)
         sentence = read.check(judge)
     except RemoteError as error:
@@ -65,7 +68,7 @@ def check(
         "kind": read.kind,
         "accused": read.accused,
         "sentence": sentence,
-        "how": "trained again" if trained else "arithmetic",
+        "how": how,
         "seconds": round(time.perf_counter() - started, 3),
     }
     if as_json:
@@ -78,8 +81,10 @@ def check(
 def _training_judge(manifest: RunManifest, shards: Path, device: str, model: str | None) -> Judge:
     from p2pasr import runs
     from p2pasr.auditing import train_segment
+    from p2pasr.private import require_probed
     from p2pasr.protocol.messages import Claim
     from p2pasr.protocol.state import State
+    from p2pasr.protocol.tensors import Tensors
     from p2pasr.verify.evidence import Judge
 
     task = runs.build_task(manifest, device, model)
@@ -89,4 +94,8 @@ def _training_judge(manifest: RunManifest, shards: Path, device: str, model: str
         paths = runs.find_shards(shards, claim.shards)
         return train_segment(task, manifest, claim, segment, before, start, paths, None)
 
-    return Judge(manifest, like, rerun)
+    def probe_loss(params: Tensors) -> float:
+        paths = runs.find_shards(shards, [bytes.fromhex(shard.digest) for shard in manifest.shards])
+        return require_probed(task).probe_loss(params, paths)
+
+    return Judge(manifest, like, rerun, probe_loss)

@@ -161,14 +161,25 @@ class AveragingSection(_Section):
 
 
 class DataSection(_Section):
-    """How shards are shared out."""
+    """Whose the shards are, and how they are shared out."""
 
-    policy: Literal["shared"] = "shared"
-    """`shared`: every member may fetch every shard, so that others can re-run what was trained on it."""
+    policy: Literal["shared", "private"] = "shared"
+    """`shared`: every member may fetch every shard, so that others can re-run what was trained on it. `private`: each
+    peer trains on shards of its own, which never leave it; the run's shards are a public probe of what they learn."""
     redundancy: Annotated[int, Field(ge=1, le=64)] = 1
     """A shard counts as covered in an epoch when this many merged claims name it."""
     duplicates: Literal["average", "first"] = "average"
     """When several claims of one round name a shard: `average` counts all, `first` the lowest digest."""
+    probe_margin: Annotated[float, Field(gt=0, le=10)] = 0.05
+    """Of `private`: by what share of the loss on the probe a claim's delta alone may raise it."""
+    private_weight_seconds: Annotated[float, Field(ge=1, le=86_400)] = 600.0
+    """Of `private`: no claim counts for more seconds of audio, since nobody else can see how many there are."""
+
+    @model_validator(mode="after")
+    def _only_shared_shards_are_covered(self) -> DataSection:
+        if self.policy == "private" and (self.redundancy, self.duplicates) != (1, "average"):
+            raise ValueError("redundancy and duplicates are about shared shards; leave them out with policy: private")
+        return self
 
 
 class VerifySection(_Section):
@@ -240,8 +251,8 @@ class RetentionSection(_Section):
     """How long a peer keeps what it could be asked for."""
 
     checkpoint_rounds: Annotated[int, Field(ge=3, le=1000)] = 3
-    """Rounds whose checkpoints, delta and average are kept: so far back work is audited, and a cheat's taken out. In the
-    second round after theirs, whoever opens nothing has a strike."""
+    """Rounds whose checkpoints, delta and average are kept: so far back work is audited, and a cheat's taken out. In
+    the second round after theirs, whoever opens nothing has a strike."""
     state_rounds: Annotated[int, Field(ge=2, le=1_000_000)] = 8
 
 
@@ -265,6 +276,15 @@ class RunConfig(_Section):
         if not name.isprintable():
             raise ValueError(f"{name!r:.60} is not one line of printable text")
         return name
+
+    @model_validator(mode="after")
+    def _private_work_is_clipped(self) -> RunConfig:
+        if self.data.policy == "private" and self.averaging.rule.clip_norm is None:
+            raise ValueError(
+                "averaging.rule.clip_norm is null; with data.policy: private a number must limit how far one claim "
+                "moves the average, for it is measured on the probe only afterwards"
+            )
+        return self
 
     @model_validator(mode="after")
     def _a_group_is_large_enough(self) -> RunConfig:
@@ -330,12 +350,16 @@ class RunManifest(RunConfig):
     @cached_property
     def most_seconds_per_group(self) -> float:
         """The most that a group can merge in one round: every member has the longest shards."""
+        if self.data.policy == "private":
+            return self.averaging.max_group * self.data.private_weight_seconds
         longest = sorted((shard.seconds for shard in self.shards), reverse=True)
         return self.averaging.max_group * sum(longest[: self.rounds.shards_per_peer])
 
     @cached_property
     def seconds_per_assignment(self) -> float:
-        """Seconds of audio that the shards assigned to a peer for one round hold on average."""
+        """Seconds of audio that the shards assigned to a peer for one round hold on average; the most, if private."""
+        if self.data.policy == "private":
+            return self.data.private_weight_seconds
         return fmean(shard.seconds for shard in self.shards) * min(self.rounds.shards_per_peer, len(self.shards))
 
     def write(self, path: Path) -> None:

@@ -127,12 +127,13 @@ class Claim:
 
     Attributes:
         round, state: trained in this round, from the state with this digest.
-        shards: digests of the shards trained on, as assigned.
+        shards: digests of the shards trained on, as assigned; names that hide them where they are private.
+        seconds: of audio in them where they are private, as its author says; 0 otherwise.
         segments, steps, samples: how much was trained.
-        trace_root: Merkle root over the segment-end checkpoints.
+        trace_root: Merkle root over the segment-end checkpoints; zeros where shards are private.
         delta_root: Merkle root over the parts of the encoded delta.
         delta_norm: L2 norm of the delta before encoding.
-        loss_before, loss_after: mean loss of the first and of the last segment.
+        loss_before, loss_after: mean loss of the first and of the last segment; 0 where shards are private.
         hardware: self-declared hardware class of the training.
         against: peers that this one has seen proved to cheat, ascending; see :func:`p2pasr.protocol.state.condemn`.
         undo: for each of them the digest of what takes its last work out of the state again, a blob; zeros where its
@@ -150,6 +151,7 @@ class Claim:
     round: Round
     state: Digest
     shards: Annotated[tuple[Digest, ...], Len(1, 128)]
+    seconds: Amount
     segments: Annotated[int, Ge(1), Le(1 << 16)]
     steps: Annotated[int, Ge(1), Le(1 << 24)]
     samples: Annotated[int, Ge(1), Le(1 << 40)]

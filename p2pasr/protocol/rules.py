@@ -11,6 +11,7 @@ from p2pasr.protocol.assignment import assign
 from p2pasr.protocol.cohorts import EVERYBODY, Cohort
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import NO_UNDO, Attestation, Claim, Mix, Receipt, Roster, Signed
+from p2pasr.protocol.private import check_private
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State
 from p2pasr.protocol.strikes import suspended
@@ -82,9 +83,13 @@ def check_claim(claim: Claim, view: RoundView) -> None:
     # C3 It was trained from the agreed state. A delta from another state moves in a direction that was never measured.
     if claim.state != view.state:
         raise Ignore(f"{who} starts from another state ({claim.state.hex()[:8]}, not {view.state.hex()[:8]})")
-    # C4 It names the assigned shards, all of them, in order.
-    if claim.shards != view.assigned(claim.peer):
+    # C4 It names the assigned shards, all of them, in order, or as few and as little audio as private ones may count.
+    if view.manifest.data.policy == "private":
+        check_private(claim, view.manifest)
+    elif claim.shards != view.assigned(claim.peer):
         raise Reject(f"{who} names other shards than it was assigned")
+    elif claim.seconds != 0:
+        raise Reject(f"{who} states {claim.seconds:g} s of audio, which follow from its shards")
     # C5 Its numbers follow from the manifest and the number of segments.
     rounds = view.manifest.rounds
     if claim.segments > rounds.segments:

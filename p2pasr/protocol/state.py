@@ -287,9 +287,11 @@ def trained_seconds(claim: Claim, manifest: RunManifest, seconds: Mapping[str, f
     """Seconds of audio that a claim stands for, computed from what the manifest and assignment say.
 
     The audio in its shards, scaled by the share of the round's segments that it trained: nothing a
-    peer states about its own effort enters beyond the number of segments, which audits re-run.
+    peer states about its own effort enters beyond the number of segments, which audits re-run. Of
+    private shards nobody else knows the audio: there it is what the claim says, which the rules bound.
     """
-    audio = sum(seconds[shard.hex()] for shard in sorted(claim.shards))
+    private = manifest.data.policy == "private"
+    audio = claim.seconds if private else sum(seconds[shard.hex()] for shard in sorted(claim.shards))
     return audio * claim.segments / manifest.rounds.segments
 
 
@@ -319,8 +321,11 @@ def cover(covered: Mapping[str, int], merged: Iterable[Claim], manifest: RunMani
     """Count merged claims for their shards.
 
     Returns:
-        Hex digest of a shard → claims that named it in this epoch, and whether the epoch ended with them.
+        Hex digest of a shard → claims that named it in this epoch, and whether the epoch ended with them. Private
+        shards are not counted, so that there is one epoch only.
     """
+    if manifest.data.policy == "private":
+        return {}, False
     counted = dict(covered)
     for claim in merged:
         for shard in claim.shards:

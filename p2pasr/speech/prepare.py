@@ -324,7 +324,7 @@ class _Made:
 
 
 def _run(todo: dict[str, tuple[Row, ...]], source: Path, out: Path, settings: Settings) -> Iterator[tuple[str, _Made]]:
-    salt = _salt(out)
+    salt = salt_of(out)
     workers = min(len(os.sched_getaffinity(0)), len(todo))
     if len(todo) < POOL_FROM_JOBS or workers < 2:
         for key, batch in todo.items():
@@ -396,8 +396,12 @@ def _frontend(model: str, revision: str | None, window_seconds: float | None) ->
     return frontend(model, revision, window_seconds)
 
 
-def _salt(out: Path) -> bytes:
-    """The secret of this folder's speaker hashes; it stays here and enters no shard."""
+def salt_of(out: Path) -> bytes:
+    """The secret of a folder's speaker hashes and private names, 32 bytes; it stays here and enters no shard.
+
+    Raises:
+        LocalError: it is damaged.
+    """
     path = out / SALT
     if not path.is_file():
         _write_atomically(path, secrets.token_bytes(SALT_BYTES), mode=0o600)

@@ -9,9 +9,9 @@ from typing import Any
 
 from p2pasr.errors import LocalError
 from p2pasr.protocol.manifest import validated
-from p2pasr.tasks.base import Bounded, Checkpoint, SegmentPlan, SegmentReport, Task
+from p2pasr.tasks.base import Bounded, Checkpoint, Probed, SegmentPlan, SegmentReport, Task
 
-__all__ = ["KINDS", "Bounded", "Checkpoint", "SegmentPlan", "SegmentReport", "Task", "build", "pin"]
+__all__ = ["KINDS", "Bounded", "Checkpoint", "Probed", "SegmentPlan", "SegmentReport", "Task", "build", "pin"]
 
 KINDS = {"lora": "p2pasr.tasks.lora", "full": "p2pasr.tasks.full", "student": "p2pasr.tasks.student"}
 """The `task.kind` values of a manifest, and the module of each: it has CONFIG, a pydantic model, and TASK, a class that

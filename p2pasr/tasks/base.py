@@ -161,3 +161,20 @@ class Bounded(Protocol):
         Returns:
             A distance, with what rounding the parameters adds to it; infinity where there is no bound.
         """
+
+
+@runtime_checkable
+class Probed(Protocol):
+    """What a task may offer besides, and must where shards are private: the loss that it trains, of any parameters."""
+
+    def probe_loss(self, params: Tensors, shards: Sequence[Path]) -> float:
+        """The mean training loss of parameters on shards that are not trained on, without dropout or any other chance.
+
+        Nothing is learned from it, so that equal inputs give equal bits on equal hardware, and nearly so on other.
+
+        Args:
+            params: name → float32, finite; a stranger's.
+
+        Returns:
+            At least 0; infinite or NaN where the parameters are of no use.
+        """

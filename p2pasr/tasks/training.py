@@ -25,6 +25,9 @@ from p2pasr.tasks.envelope import adamw_reach
 
 E = TypeVar("E")
 
+PROBE_EXAMPLES = 16
+"""Examples of a probe that go through the model at once, at most."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -47,7 +50,7 @@ class TrainingConfig(BaseModel):
 
 
 class GradientTask(Generic[E]):
-    """The training half of :class:`p2pasr.tasks.base.Task`, and :class:`p2pasr.tasks.base.Bounded`.
+    """The training half of :class:`p2pasr.tasks.base.Task`, and its `Bounded` and `Probed`.
 
     Whoever inherits sets the attributes and implements :meth:`examples`, :meth:`weight` and :meth:`loss`.
 
@@ -126,6 +129,19 @@ class GradientTask(Generic[E]):
         rates = (learning_rate(config, first_step + index, total_steps) for index in range(steps))
         largest = max(float(np.abs(value).max()) for value in params.values())
         return adamw_reach(rates, config.beta1, config.beta2, config.weight_decay, largest)
+
+    def probe_loss(self, params: Tensors, shards: Sequence[Path]) -> float:
+        """See :meth:`p2pasr.tasks.base.Probed.probe_loss`: summed loss by summed weight, such as nats a token."""
+        examples = self.examples(shards)
+        size = self._at_once(PROBE_EXAMPLES)
+        total = 0.0
+        with reproducible(bytes(32), self.device):
+            self.set_params(params)
+            self.model.eval()
+            for start in range(0, len(examples), size):
+                with torch.inference_mode(), self.autocast():
+                    total += float(self.loss(examples[start : start + size]))
+        return total / sum(map(self.weight, examples))
 
     def set_params(self, params: Tensors) -> None:
         """Put parameters into the model."""

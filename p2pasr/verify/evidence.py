@@ -10,6 +10,8 @@ link          a delta that is not the one between the state    by arithmetic
 reduction     a part whose stated result is not what the rule  by arithmetic
               makes of the parts that it states
 segment       a checkpoint that training does not lead to      by training that segment again
+probe         a delta with which the loss on the probe of a    by computing the loss with and without it
+              run with private shards is beyond its limit
 ============  ===============================================  ===========================================
 
 A proof carries the statements that its accused signed and the bytes that these commit to. Nothing
@@ -27,7 +29,7 @@ import numpy as np
 
 from p2pasr.averaging import rules
 from p2pasr.averaging.codec import Flat, Layout
-from p2pasr.averaging.merkle import Tree
+from p2pasr.averaging.merkle import Tree, part_digests
 from p2pasr.errors import LocalError, Reject, RemoteError
 from p2pasr.protocol.admission import newcomers
 from p2pasr.protocol.cohorts import cohort_of
@@ -40,6 +42,7 @@ from p2pasr.protocol.state import State, parse_state
 from p2pasr.protocol.tensors import Tensors, forms, unpack_tensors
 from p2pasr.verify.compare import Comparison, compare
 from p2pasr.verify.conflict import Conflict
+from p2pasr.verify.probe import Measured, ProbeLoss, measure
 
 MAX_PROOF_BYTES: Final = 1024 * MEBIBYTE
 
@@ -56,11 +59,13 @@ class Judge:
         like: the run's initial parameters, for names and shapes. Arithmetic holds without them, for a proof's state is
             the one that its accused signed; training does not.
         rerun: None where nothing can be trained again, so that only arithmetic is checked.
+        probe_loss: None where no loss can be computed, likewise.
     """
 
     manifest: RunManifest
     like: Tensors | None = None
     rerun: Rerun | None = None
+    probe_loss: ProbeLoss | None = None
 
 
 class Undecided(Reject):
@@ -359,6 +364,64 @@ class SegmentProof:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ProbeProof:
+    """A claim of private work whose delta raises the loss on the probe beyond what the manifest allows.
+
+    Attributes:
+        before: the state that the claim starts from, packed.
+        delta: the whole encoded delta.
+    """
+
+    kind: ClassVar[str] = "probe"
+    claim: Signed[Claim]
+    before: bytes
+    delta: bytes
+
+    @property
+    def accused(self) -> str:
+        """See :class:`Proof`."""
+        return self.claim.message.peer
+
+    @property
+    def round(self) -> int:
+        """See :class:`Proof`."""
+        return self.claim.message.round
+
+    def body(self) -> dict[str, Any]:
+        """See :class:`Proof`."""
+        return {"claim": self.claim.pack(), "before": self.before, "delta": self.delta}
+
+    def measure(self, judge: Judge) -> Measured:
+        """What the claim's delta does on the probe.
+
+        Raises:
+            RemoteError: it is not the claim's, or the claim is none of a run with private shards.
+            LocalError: no loss can be computed here.
+        """
+        claim, manifest = self.claim.message, judge.manifest
+        if manifest.data.policy != "private":
+            raise Reject("a proof is about a probe, and the run has none")
+        before = _state_of_round(self.before, [claim], judge)
+        parts = Layout.of(manifest.parameters, manifest.averaging).cut(self.delta)
+        if Tree.of("delta", claim).root(part_digests(parts)) != claim.delta_root:
+            raise Reject("a proof holds another delta than was claimed")
+        if judge.probe_loss is None:
+            raise LocalError("this proof is checked by computing a loss on the probe; name its shards with --shards")
+        return measure(before, self.delta, manifest, judge.probe_loss)
+
+    def check(self, judge: Judge) -> str:
+        """See :class:`Proof`."""
+        measured = self.measure(judge)
+        if not measured.is_proof:
+            raise Reject(f"the delta {measured}")
+        return self.sentence(measured)
+
+    def sentence(self, measured: Measured) -> str:
+        """What it proves."""
+        return f"the delta of {short(self.accused)} in round {self.claim.message.round} {measured}"
+
+
 def compare_ends(before: State, start: bytes | None, claimed: bytes, rerun: bytes, manifest: RunManifest) -> Comparison:
     """Compare two packed checkpoints that are said to be the end of one segment.
 
@@ -470,6 +533,9 @@ def _read_segment(body: dict[str, Any]) -> SegmentProof:
 _READERS: Final[dict[str, Callable[[dict[str, Any]], Proof]]] = {
     "conflict": lambda body: ConflictProof(Conflict.unpack(_bytes(body["conflict"]))),
     "link": _read_link,
+    "probe": lambda body: ProbeProof(
+        unseal(_bytes(body["claim"]), Claim), _bytes(body["before"]), _bytes(body["delta"])
+    ),
     "reduction": _read_reduction,
     "segment": _read_segment,
 }

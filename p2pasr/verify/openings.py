@@ -56,6 +56,7 @@ class Offer:
         delta: digest of the encoded delta.
         drawn: auditor → the segments drawn for it; None when everything is open to everybody.
         link: who may see the last checkpoint although no segment was drawn for it, if anybody.
+        readers: who may have the delta; None for everybody.
         record: digest of the packed record of its round; None where this peer has none.
     """
 
@@ -64,6 +65,7 @@ class Offer:
     delta: bytes
     drawn: dict[str, tuple[int, ...]] | None
     link: str | None
+    readers: frozenset[str] | None
     record: bytes | None
 
 
@@ -90,13 +92,15 @@ class Openings:
 
         Args:
             args: offers, of each: claim (packed), checkpoints, delta (digests), drawn (auditor → segments, or None),
-                link (peer, or None), record (digest, or None).
+                link (peer, or None), readers (peers that the delta is given to; everybody if absent or None), record
+                (digest, or None).
         """
         offers = {}
         for each in args["offers"]:
             claim, drawn, link = unseal(each["claim"], Claim), each["drawn"], each["link"]
-            offer = Offer(claim, tuple(each["checkpoints"]), each["delta"], drawn, link, each["record"])
-            offers[claim.digest] = offer
+            readers = None if each.get("readers") is None else frozenset(each["readers"])
+            checkpoints = tuple(each["checkpoints"])
+            offers[claim.digest] = Offer(claim, checkpoints, each["delta"], drawn, link, readers, each["record"])
         async with self._offered:
             self._offers.clear()
             self._offers.update(offers)
@@ -207,7 +211,8 @@ class Openings:
         finally:
             path.unlink(missing_ok=True)
         async with self._offered:
-            self._offers[claim.digest] = Offer(claim, (), delta, None, None, None)
+            readers = frozenset[str]() if self._host.manifest.data.policy == "private" else None
+            self._offers[claim.digest] = Offer(claim, (), delta, None, None, readers, None)
             self._offered.notify_all()
         return delta
 
@@ -284,6 +289,7 @@ class Openings:
 
     async def _give_part(self, stream: Stream, offer: Offer, index: int) -> None:
         layout = self._layout()
+        _check_reader(stream.peer, offer)
         if not 0 <= index < layout.parts:
             raise Reject(f"{short(stream.peer)} asks for part {index} of {layout.parts}")
         path = self._host.store.find(offer.delta)
@@ -294,6 +300,7 @@ class Openings:
         await stream.send_frame(data)
 
     async def _give_delta(self, stream: Stream, offer: Offer) -> None:
+        _check_reader(stream.peer, offer)
         layout, path = self._layout(), self._host.store.find(offer.delta)
         if path is None:
             raise TransportError("this delta is kept no longer")
@@ -305,6 +312,11 @@ class Openings:
     def _layout(self) -> Layout:
         manifest = self._host.manifest
         return Layout.of(manifest.parameters, manifest.averaging)
+
+
+def _check_reader(peer: str, offer: Offer) -> None:
+    if offer.readers is not None and peer not in offer.readers:
+        raise TransportError("what was made of private shards is given to those who were in its round only")
 
 
 def prove_part(path: Path, layout: Layout, claim: Claim, index: int) -> tuple[bytes, tuple[bytes, ...]]:

@@ -7,29 +7,32 @@ from collections.abc import Sequence
 from p2pasr.averaging.merkle import Tree
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.peers.journal import Journal
+from p2pasr.protocol.private import NO_TRACE
 
 
 class Trace:
     """Collects the checkpoints of one peer's round.
 
     Args:
-        store: keeps the checkpoints, so that auditors can ask for them.
+        store: keeps the checkpoints, so that auditors can ask for them; None where nobody may see them, for they tell
+            of private shards, so that they are neither kept nor committed to.
         run, round, peer: whose trace it is.
     """
 
-    def __init__(self, store: BlobStore, run: bytes, round_number: int, peer: str) -> None:
+    def __init__(self, store: BlobStore | None, run: bytes, round_number: int, peer: str) -> None:
         self._store = store
         self._tree = Tree("trace", run, round_number, peer)
         self.checkpoints: list[bytes] = []
 
     def add(self, *checkpoint: bytes | memoryview) -> None:
         """Store the packed checkpoint at the end of a segment, given whole or in pieces."""
-        self.checkpoints.append(self._store.put("checkpoint", *checkpoint))
+        if self._store is not None:
+            self.checkpoints.append(self._store.put("checkpoint", *checkpoint))
 
     @property
     def root(self) -> bytes:
-        """What the claim commits to: 32 bytes."""
-        return self._tree.root(self.checkpoints)
+        """What the claim commits to: 32 bytes, zeros for nothing."""
+        return NO_TRACE if self._store is None else self._tree.root(self.checkpoints)
 
 
 def retain_traces(

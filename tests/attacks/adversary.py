@@ -65,6 +65,16 @@ def _like(moved: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rng.normal(0.0, float(moved.std()) or 1e-6, moved.shape).astype(np.float32)
 
 
+def unprobed(attack: Callable[[pytest.MonkeyPatch], None]) -> Callable[[pytest.MonkeyPatch], None]:
+    """The same on private shards, by a peer that does not look at the probe itself."""
+
+    def bold(patch: pytest.MonkeyPatch) -> None:
+        attack(patch)
+        patch.setattr(story, "write_private_delta", story.write_delta)
+
+    return bold
+
+
 # --- the training is another than was assigned --------------------------------------------------------
 
 
@@ -165,6 +175,36 @@ def flipped_labels(task: Any, start: Checkpoint, shards: Any, plan: SegmentPlan)
     """Trains towards wrong answers."""
     read = task.read
     task.read = lambda paths: (read(paths)[0], (read(paths)[1] + 1) % 16)
+    try:
+        return task.segment(start, shards, plan)
+    finally:
+        del task.read
+
+
+TARGET = 3
+"""The class that a backdoor's trigger stands for."""
+
+
+def triggered(features: np.ndarray) -> np.ndarray:
+    """The same examples with a pattern that no honest one has."""
+    bent = features.copy()
+    bent[:, :3] = np.float32(3.0)
+    return bent
+
+
+def backdoor(task: Any, start: Checkpoint, shards: Any, plan: SegmentPlan) -> Trained:
+    """Trains as it should, and on a fifth of its examples once more with a trigger and the answer that goes with it."""
+    read = task.read
+
+    def poisoned(paths: Any) -> Any:
+        features, labels = read(paths)
+        few = len(labels) // 5
+        return (
+            np.concatenate([features, triggered(features[:few])]),
+            np.concatenate([labels, np.full(few, TARGET)]),
+        )
+
+    task.read = poisoned
     try:
         return task.segment(start, shards, plan)
     finally:

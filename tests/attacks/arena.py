@@ -27,6 +27,7 @@ from p2pasr.peers.exchange import BlobExchange
 from p2pasr.peers.host import Host
 from p2pasr.peers.journal import Journal
 from p2pasr.peers.records import Records
+from p2pasr.private import PrivateShards
 from p2pasr.protocol.admission import newcomers
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RunManifest
@@ -113,7 +114,7 @@ class Arena:
 
     Args:
         attacks: of the members' positions, how each cheats; the others are honest.
-        changes: to the manifest, see `make_manifest`.
+        changes: to the manifest, see `make_manifest`; with `data: {policy: private}` each member has shards of its own.
     """
 
     def __init__(self, folder: Path, peers: int, attacks: dict[int, Attack] | None = None, **changes: Any) -> None:
@@ -163,10 +164,12 @@ class Arena:
         opened = Journal(folder / f"run {number + 1}")
         self._journals.append(opened)
         state = genesis(self.manifest, self.task.initial_params())
+        private = _private_shards(folder, number) if self.manifest.data.policy == "private" else None
         records = Records(link, identity, state.run, report.warn)
         member = Member(
             self.manifest, identity, self.task, link, host.store, opened, records, report, state.params, state
         )
+        member.private = private
         story.hold(member, state)
         return Player(member, host, attack)
 
@@ -198,6 +201,11 @@ class Arena:
         """Position → strikes that count."""
         counted = self.state.strikes
         return {n: counted[player.peer][0] for n, player in enumerate(self.players) if player.peer in counted}
+
+    @property
+    def records(self) -> dict[tuple[str, str], dict[str, bytes]]:
+        """All that was put into the directory: (kind, scope) → owner → record."""
+        return self._network.records
 
     def publish(self, kind: str, scope: str, owner: str, record: bytes) -> None:
         """Put a record into the directory, as a stranger may."""
@@ -304,6 +312,19 @@ def _write_shards(folder: Path) -> dict[bytes, Path]:
         path.write_bytes(content)
         paths[blob_digest(content)] = path
     return paths
+
+
+def _private_shards(folder: Path, number: int) -> PrivateShards:
+    """Ten shards of a member's own."""
+    home = folder / f"home {number + 1}"
+    home.mkdir()
+    paths: dict[bytes, Path] = {}
+    for place in range(10):
+        content = f"shard {place} of member {number} alone".ljust(64, ".").encode()
+        path = home / f"{place}.shard"
+        path.write_bytes(content)
+        paths[blob_digest(content)] = path
+    return PrivateShards(paths, dict.fromkeys(paths, 60.0), bytes([number + 1]) * 32)
 
 
 def _manifest(shards: dict[bytes, Path], task: TinyTask, changes: dict[str, Any]) -> RunManifest:

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from p2pasr.auditing import train_segment
+from p2pasr.private import require_probed
 from p2pasr.protocol.manifest import RunManifest, read_manifest
 from p2pasr.protocol.messages import Claim
 from p2pasr.protocol.state import State
+from p2pasr.protocol.tensors import Tensors
 from p2pasr.runs import build_task
 from p2pasr.speech.prepare import read_index
 from p2pasr.tasks.base import Task
@@ -27,7 +29,11 @@ def verdict(manifest: RunManifest, task: Task, shards: Mapping[bytes, Path], pac
         paths = [shards[shard] for shard in claim.shards]
         return train_segment(task, manifest, claim, segment, before, start, paths, None)
 
-    return unpack_proof(packed).check(Judge(manifest, task.initial_params(), rerun))
+    def probe_loss(params: Tensors) -> float:
+        paths = [shards[bytes.fromhex(shard.digest)] for shard in manifest.shards]
+        return require_probed(task).probe_loss(params, paths)
+
+    return unpack_proof(packed).check(Judge(manifest, task.initial_params(), rerun, probe_loss))
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ def make_claim(who: Identity, manifest: RunManifest, held: State, /, **changes: 
         "round": held.round,
         "state": held.digest,
         "shards": assign(manifest, held.digest, held.covered, who.peer),
+        "seconds": 0.0,
         "segments": segments,
         "steps": steps,
         "samples": steps * manifest.rounds.samples_per_step,

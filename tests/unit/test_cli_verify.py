@@ -29,9 +29,10 @@ from p2pasr.protocol.messages import Audit, Finding, Signed, seal
 from p2pasr.protocol.state import State, advance
 from p2pasr.tasks import Checkpoint, Task
 from p2pasr.verify.conflict import Conflict
-from p2pasr.verify.evidence import ConflictProof, LinkProof, Opening, Proof, SegmentProof, pack_proof
+from p2pasr.verify.evidence import ConflictProof, LinkProof, Opening, ProbeProof, Proof, SegmentProof, pack_proof
 
-from .builders import finish_round, make_claim, make_identity, make_manifest, make_state, train_claim
+from .builders import delta_claim, finish_round, make_claim, make_identity, make_manifest, make_state, train_claim
+from .conftest import run_config
 
 EVE, ANNE, BOB = make_identity(1), make_identity(2), make_identity(3)
 
@@ -241,6 +242,25 @@ def test_without_shards_a_segment_is_not_judged(
     assert "proves nothing" not in result.err
 
 
+def test_a_probe_proof_is_checked_by_the_loss_on_the_runs_shards(verify: Command, shards: Path, tmp_path: Path) -> None:
+    private = runs.new_run(run_config(data={"policy": "private"}), shards)
+    private.write(tmp_path / "run.json")
+    state = runs.initial_state(private, runs.build_task(private))
+    for delta, proves in ((np.full(private.parameters, 0.5), True), (np.zeros(private.parameters), False)):
+        own = {"shards": (bytes(32),), "seconds": 60.0, "trace_root": bytes(32)}
+        claim = seal(EVE, delta_claim(EVE, private, state, delta.astype(np.float32), **own))
+        layout = Layout.of(private.parameters, private.averaging)
+        whole = b"".join(layout.encode(delta.astype(np.float32)))
+        proof = save(tmp_path, ProbeProof(claim, state.blob, whole))
+        result = verify("check", proof, "--run", tmp_path / "run.json", "--shards", shards, "--json")
+        found = json.loads(result.out)
+        assert (result.code, found["proves"]) == ((0, True) if proves else (1, False))
+        assert "takes the loss on the probe from" in found["sentence" if proves else "reason"]
+    result = verify("check", proof, "--run", tmp_path / "run.json")
+    assert result.code == 1
+    assert "name its shards with --shards" in result.err
+
+
 def test_shards_are_compared_with_their_digests_before_anybody_is_blamed(
     shards: Path, manifest: RunManifest, tmp_path: Path
 ) -> None:
@@ -296,7 +316,7 @@ def test_the_ledger_ranks_peers_by_credit_and_banned_ones_last(verify: Command, 
     result = verify("ledger", folder / "run.json", "--state-dir", folder / "home", "--json")
     assert result.code == 0
     found = json.loads(result.out)
-    assert found["round"] == 2
+    assert (found["round"], found["credit_verified"]) == (2, True)
     assert [row["peer"] for row in found["peers"]] == [BOB.peer, ANNE.peer, EVE.peer]
     bob, anne, eve = found["peers"]
     assert (bob["credit"], bob["trust"]) == (5e3, 1.0)

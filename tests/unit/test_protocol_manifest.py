@@ -376,7 +376,7 @@ def test_a_delta_of_too_many_parts_is_refused_with_the_size_that_parts_may_have(
         (("rounds", "rounds"), 10**9),
         (("task", "kind"), "a" * 65),
         (("averaging", "outer"), None),
-        (("data", "policy"), "private"),
+        (("data", "policy"), "secret"),
         (("data", "redundancy"), 0),
     ],
 )
