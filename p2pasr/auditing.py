@@ -100,7 +100,7 @@ def offer(member: Member) -> None:
 
 
 def _readers(member: Member, number: int) -> list[str] | None:
-    """Who may have the delta of a round: those who were in it where it was made of private shards, or else everybody."""
+    """Who may have the delta of a round: those who were in it if it was made of private shards, or else everybody."""
     if member.manifest.data.policy != "private":
         return None
     record = record_of(member, number)
