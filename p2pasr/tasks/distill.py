@@ -8,7 +8,7 @@ temperature T divides the k + 1 logarithms, which are then normalised again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,6 +98,10 @@ class DistillTask(FullTask):
         """See :meth:`p2pasr.tasks.full.FullTask.start`."""
         return pick_layers(super().start(), self.config.encoder_layers, self.config.decoder_layers)
 
+    def notes(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        """See :meth:`p2pasr.tasks.whisper.WhisperTask.notes`."""
+        return {**super().notes(about), "teacher_weights": self.config.teacher_weights}
+
     def before_step(self, step: int, total: int) -> None:
         """See :meth:`p2pasr.tasks.training.GradientTask.before_step`."""
         self.temperature = temperature(self.config, step, total)
@@ -127,9 +131,7 @@ class DistillTask(FullTask):
         """The teacher's labels of all targets of a batch: ids, (targets, k), and logarithms, (targets, k + 1)."""
         labels = [clip.labels for clip in examples if clip.labels is not None]
         if len(labels) < len(examples) or len({each.ids.shape[1] for each in labels}) > 1:
-            raise LocalError(
-                "the shards hold no teacher's labels, or different numbers of them: see p2pasr distill label"
-            )
+            raise LocalError("the shards hold no labels, or of different widths; make them with p2pasr distill label")
         ids = np.concatenate([each.ids for each in labels]).astype(np.int64)
         if ids.max() >= self.model.config.vocab_size:
             raise LocalError(f"a teacher's label names token {ids.max()}, which {self.config.model!r} does not have")

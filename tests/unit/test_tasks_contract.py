@@ -18,10 +18,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {**LORA, "learning_rate": 3e-3},
     "full": {"model": MODEL, "warmup_steps": 0, "learning_rate": 3e-4},
     "full-decoder": {"model": MODEL, "warmup_steps": 0, "learning_rate": 3e-4, "freeze_encoder": True},
+    "distill": {"model": MODEL, "warmup_steps": 0, "learning_rate": 1e-3, "decoder_layers": [0]},
+    "distill-online": {
+        "model": MODEL,
+        "warmup_steps": 0,
+        "learning_rate": 1e-3,
+        "decoder_layers": [-1],
+        "freeze_encoder": True,
+        "teacher_online": True,
+    },
 }
 """Name of a variant, of which the first word is its kind → a configuration that learns from a few clips."""
 
 Make = Callable[[], Task]
+
+
+@pytest.fixture
+def shard_files(labelled_files: Sequence[Path]) -> Sequence[Path]:
+    """Shards for all kinds: those with a teacher's labels are shards like any other."""
+    return labelled_files
 
 
 @pytest.fixture(params=CONFIGS)
