@@ -213,7 +213,8 @@ class Teacher:
 
 def _gap(logs: Tensor, ids: Tensor, labels: SoftLabels) -> Tensor:
     """Summed divergence of a teacher's distributions from what labels say, their rest spread evenly."""
-    said = log_softmax(stacked(labels).to(logs.device), dim=-1)
+    p = log_softmax(logs.double(), dim=-1)
+    said = log_softmax(stacked(labels).to(logs.device).double(), dim=-1)
     spread = said[:, -1:] - math.log(logs.shape[1] - ids.shape[1])
-    q = spread.expand_as(logs).scatter(-1, ids, said[:, :-1])
-    return (logs.exp() * (logs - q)).sum()
+    q = spread.expand_as(p).scatter(-1, ids, said[:, :-1])
+    return (p.exp() * (p - q)).sum()

@@ -18,7 +18,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {**LORA, "learning_rate": 3e-3},
     "full": {"model": MODEL, "warmup_steps": 0, "learning_rate": 3e-4},
     "full-decoder": {"model": MODEL, "warmup_steps": 0, "learning_rate": 3e-4, "freeze_encoder": True},
-    "distill": {"model": MODEL, "warmup_steps": 0, "learning_rate": 1e-3, "decoder_layers": [0]},
+    "distill": {
+        "model": MODEL,
+        "warmup_steps": 0,
+        "learning_rate": 1e-3,
+        "encoder_layers": [0],
+        "decoder_layers": [0],
+    },
     "distill-online": {
         "model": MODEL,
         "warmup_steps": 0,
