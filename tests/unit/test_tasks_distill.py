@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers import WhisperForConditionalGeneration
 
+from benchmarks.distillation import measure
 from p2pasr.errors import LocalError
+from p2pasr.protocol.manifest import read_config, validated
 from p2pasr.protocol.tensors import pack_tensors, unpack_tensors
 from p2pasr.speech.labels import IDS
 from p2pasr.speech.pretrained import weights_digest
@@ -310,3 +312,23 @@ def test_a_teacher_with_other_weights_than_the_runs_is_refused(shard_files: Sequ
 def test_a_teacher_that_names_all_of_its_tokens_is_refused(shard_files: Sequence[Path]) -> None:
     with pytest.raises(LocalError, match="top_k is 4096, but the teacher has"):
         made(shard_files, {**ONLINE, "top_k": 4096})
+
+
+# --- learning -----------------------------------------------------------------------------------
+
+
+def test_a_student_with_a_teacher_makes_a_quarter_fewer_errors_than_one_without_at_equal_steps() -> None:
+    rows = measure(seeds=[0, 1, 2], steps=60, wrong=0.3)
+
+    for row in rows:
+        assert row.teacher < 0.1
+        assert row.with_teacher < 0.75 * row.without_teacher, row
+        assert row.without_teacher < 0.8 * row.student_untrained, row
+
+
+@pytest.mark.parametrize("file", ["examples/distill.yaml", "p2pasr/demo/tasks/distill.yaml"])
+def test_the_configurations_that_come_with_the_kind_are_valid(file: str) -> None:
+    config = read_config(Path(__file__).parents[2] / file)
+
+    assert config.task.kind == "distill"
+    assert isinstance(validated(DistillTaskConfig, dict(config.task.config), file), DistillTaskConfig)
