@@ -84,7 +84,7 @@ def _student(
         "model": MODEL,
         "decoder_layers": [0],
         "freeze_encoder": True,
-        "learning_rate": 2e-3,
+        "learning_rate": 1e-3,
         "warmup_steps": 5,
         "alpha": alpha,
     }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, nll_loss
 
@@ -53,6 +53,12 @@ class DistillTaskConfig(FullTaskConfig):
     top_k: Annotated[int, Field(ge=1, le=4096)] = 64
     """Tokens that a teacher in the segments names at each target; shards have their own number."""
 
+    @model_validator(mode="after")
+    def _teacher_runs(self) -> DistillTaskConfig:
+        if not self.teacher_online and (self.teacher, self.teacher_revision) != (None, None):
+            raise ValueError("teacher names one that runs in the segments: set teacher_online, or leave it out")
+        return self
+
 
 class DistillTask(FullTask):
     """A student that learns from a teacher; implements :class:`p2pasr.tasks.base.Task` and its `Bounded`.
@@ -74,10 +80,11 @@ class DistillTask(FullTask):
     @staticmethod
     def pin(config: Any, model: str | None, shards: Sequence[Path]) -> Any:
         """Fill in what the manifest must fix: the digests of the weights of the student's start and of the teacher."""
-        if config.teacher_online:
+        weights = config.teacher_weights
+        if weights is None and config.teacher_online:
             weights = weights_digest(*_teacher(config, model or config.model))
-        else:
-            weights = _labelling(shards[0], read_shard(shards[0])).weights if shards else config.teacher_weights
+        elif weights is None and shards:
+            weights = _labelling(shards[0], read_shard(shards[0])).weights
         return FullTask.pin(config, model, shards).model_copy(update={"teacher_weights": weights})
 
     def check(self, shards: Sequence[Path]) -> None:
@@ -86,6 +93,7 @@ class DistillTask(FullTask):
         Raises:
             LocalError: one was not, or its labels are not signed by who is named in it.
         """
+        widths = set()
         for path in shards:
             shard = self._shard(path)
             if self.teacher is None:
@@ -93,6 +101,11 @@ class DistillTask(FullTask):
                 check_signature(path, labelling)
                 if labelling.weights != self.config.teacher_weights:
                     raise LocalError(f"the shard {path} was labelled by another teacher than the run's")
+                widths |= {clip.labels.ids.shape[1] for clip in shard.clips if clip.labels is not None}
+        if len(widths) > 1:
+            raise LocalError(
+                f"the shards' labels name {' and '.join(map(str, sorted(widths)))} tokens; label all with one --top-k"
+            )
 
     def start(self) -> WhisperForConditionalGeneration:
         """See :meth:`p2pasr.tasks.full.FullTask.start`."""

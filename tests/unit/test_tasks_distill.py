@@ -20,14 +20,18 @@ from benchmarks.distillation import measure
 from p2pasr.errors import LocalError
 from p2pasr.protocol.manifest import read_config, validated
 from p2pasr.protocol.tensors import pack_tensors, unpack_tensors
+from p2pasr.runs import shard_paths
 from p2pasr.speech.labels import IDS
+from p2pasr.speech.prepare import read_index
 from p2pasr.speech.pretrained import weights_digest
 from p2pasr.speech.shards import Clip, read_shard
 from p2pasr.tasks import build, pin
 from p2pasr.tasks.distill import DistillTask, DistillTaskConfig, divergence, temperature
-from p2pasr.tasks.teacher import grouped
+from p2pasr.tasks.labelling import LabelSettings, label_shards
+from p2pasr.tasks.teacher import Teacher, grouped
 from p2pasr.tasks.whisper import collate, greedy, load_whisper, pick_layers
 
+from .builders import make_identity
 from .conftest import MODEL, plan, start_of
 
 DISTILL: dict[str, Any] = {"model": MODEL, "decoder_layers": [0], "warmup_steps": 0, "learning_rate": 1e-3}
@@ -222,6 +226,18 @@ def test_shards_that_another_teacher_labelled_are_refused(labelled_files: Sequen
         build("distill", config, seed=1, shards=labelled_files)
 
 
+def test_labels_of_different_widths_are_refused(labelled_files: Sequence[Path], shards: Path, tmp_path: Path) -> None:
+    teacher = Teacher(MODEL, read_index(shards).features, MODEL)  # type: ignore[arg-type]
+    label_shards(teacher, shards, tmp_path, LabelSettings(top_k=8), make_identity(1))
+    with pytest.raises(LocalError, match="labels name 8 and 16 tokens"):
+        made([labelled_files[0], shard_paths(tmp_path)[1]], DISTILL)
+
+
+def test_a_teacher_is_only_named_where_it_runs_in_the_segments(labelled_files: Sequence[Path]) -> None:
+    with pytest.raises(LocalError, match="set teacher_online"):
+        pin("distill", {**DISTILL, "teacher": MODEL}, None, labelled_files)
+
+
 def changed(folder: Path, path: Path, **tensors: Any) -> Path:
     old, meta = unpack_tensors(path.read_bytes())
     (folder / "changed").write_bytes(pack_tensors({**old, **tensors}, meta))
@@ -323,7 +339,6 @@ def test_a_student_with_a_teacher_makes_a_quarter_fewer_errors_than_one_without_
     for row in rows:
         assert row.teacher < 0.1
         assert row.with_teacher < 0.75 * row.without_teacher, row
-        assert row.without_teacher < 0.8 * row.student_untrained, row
 
 
 @pytest.mark.parametrize("file", ["examples/distill.yaml", "p2pasr/demo/tasks/distill.yaml"])
