@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     distillation = kinds.add_parser("distillation", help="a student with and without its teacher (about a minute)")
     distillation.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     distillation.add_argument("--steps", type=int, default=60)
-    distillation.add_argument("--wrong", type=float, default=0.3, help="share of wrong characters in transcripts")
+    distillation.add_argument("--wrong", type=float, default=0.2, help="share of wrong characters in transcripts")
     distillation.set_defaults(run=_distillation, title="CER on held-out speakers")
 
     chaos = kinds.add_parser("chaos", help="what becomes of a run whose peers are killed and started again")
