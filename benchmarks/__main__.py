@@ -58,6 +58,12 @@ def _robustness(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return [asdict(row) for row in measure(arguments.rounds, arguments.percents)]
 
 
+def _distillation(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from benchmarks.distillation import measure
+
+    return [asdict(row) for row in measure(arguments.seeds, arguments.steps, arguments.wrong)]
+
+
 def _chaos(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from benchmarks.chaos import measure
 
@@ -124,6 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     robustness.add_argument("--rounds", type=int, default=20)
     robustness.add_argument("--percents", type=int, nargs="+", default=[10, 20, 30, 40])
     robustness.set_defaults(run=_robustness, title="accuracy of a classifier trained by 20 members, in percent")
+
+    distillation = kinds.add_parser("distillation", help="a student with and without its teacher (about a minute)")
+    distillation.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    distillation.add_argument("--steps", type=int, default=60)
+    distillation.add_argument("--wrong", type=float, default=0.2, help="share of wrong characters in transcripts")
+    distillation.set_defaults(run=_distillation, title="CER on held-out speakers")
 
     chaos = kinds.add_parser("chaos", help="what becomes of a run whose peers are killed and started again")
     chaos.add_argument("--rounds", type=int, default=200)

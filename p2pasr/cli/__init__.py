@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from p2pasr import __version__
-from p2pasr.cli import data, demo, identity, invite, lineage, merge, plan, run, score, task, verify
+from p2pasr.cli import data, demo, distill, identity, invite, lineage, merge, plan, run, score, task, verify
 from p2pasr.errors import P2pasrError
 from p2pasr.report import Report
 from p2pasr.speech.pretrained import quiet_libraries
@@ -37,6 +37,7 @@ def _options(
 
 
 app.add_typer(data.app, name="data")
+app.add_typer(distill.app, name="distill")
 app.add_typer(run.app, name="run")
 app.add_typer(demo.app, name="demo")
 app.add_typer(verify.app, name="verify")

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -358,16 +358,21 @@ def _make_shard(batch: tuple[Row, ...], source: Path, out: Path, settings: Setti
             refused.append(Refusal(row.number, row.audio, str(error)))
     if not clips:
         return _Made([], refused)
-    data = pack_shard(clips, batch[0].dialect, features)
+    dialect = batch[0].dialect
+    return _Made([write_shard(out, clips, dialect, pack_shard(clips, dialect, features))], refused)
+
+
+def write_shard(out: Path, clips: Sequence[Clip], dialect: str, data: bytes) -> ShardEntry:
+    """Write a shard's bytes under their digest, and say for an index what is in it."""
     entry = ShardEntry(
         digest=blob_digest(data).hex(),
         bytes=len(data),
         clips=len(clips),
         seconds=round(sum(clip.seconds for clip in clips), 3),
-        dialect=batch[0].dialect,
+        dialect=dialect,
     )
     _write_atomically(out / entry.file, data)
-    return _Made([entry], refused)
+    return entry
 
 
 def _make_clip(row: Row, source: Path, part: Frontend, salt: bytes) -> Clip:

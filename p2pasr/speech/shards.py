@@ -13,6 +13,8 @@ tensor             dtype       shape                  meaning
 ``speakers``       uint8       (clips, 8)             salted hash of the speaker; zeros if unknown
 =================  ==========  =====================  =============================================
 
+A teacher's labels may lie beside them: :mod:`p2pasr.speech.labels` says how.
+
 Log-mels can be turned back into intelligible speech and token ids into text: a shard is smaller
 than a recording and fits no player, but whoever has it can find out what was said.
 """
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from p2pasr.errors import LocalError, Reject
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.tensors import pack_tensors, read_tensors
 from p2pasr.speech.audio import SAMPLE_RATE
+from p2pasr.speech.labels import IDS, LOGS, META, REST, Labelling, SoftLabels, clip_labels, label_tensors
 from p2pasr.speech.mel import HOP, Mel
 
 FORMAT = "p2pasr-shard/1"
@@ -62,12 +65,14 @@ class Clip:
         tokens: decoder target, from ``<|startoftranscript|>`` to ``<|endoftext|>``.
         seconds: duration of the recording.
         speaker: 8 bytes, zeros if unknown.
+        labels: what a teacher expects at each token but the first; None where none was asked.
     """
 
     mel: Mel
     tokens: tuple[int, ...]
     seconds: float
     speaker: bytes = bytes(SPEAKER_HASH_BYTES)
+    labels: SoftLabels | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,7 @@ class Shard:
     dialect: str
     features: Features
     clips: tuple[Clip, ...]
+    labelling: Labelling | None = None
 
     @property
     def seconds(self) -> float:
@@ -89,8 +95,12 @@ def speaker_hash(speaker: str, salt: bytes) -> bytes:
     return hashlib.blake2b(speaker.encode(), digest_size=SPEAKER_HASH_BYTES, key=salt).digest()
 
 
-def pack_shard(clips: Sequence[Clip], dialect: str, features: Features) -> bytes:
-    """The bytes of a shard; equal clips give equal bytes."""
+def pack_shard(clips: Sequence[Clip], dialect: str, features: Features, labelling: Labelling | None = None) -> bytes:
+    """The bytes of a shard; equal clips give equal bytes.
+
+    Args:
+        labelling: who labelled the clips, all of them; their labels are left out if None.
+    """
     if not clips:
         raise ValueError("a shard holds at least one clip")
     tensors: dict[str, npt.NDArray[Any]] = {
@@ -103,7 +113,11 @@ def pack_shard(clips: Sequence[Clip], dialect: str, features: Features) -> bytes
             len(clips), SPEAKER_HASH_BYTES
         ),
     }
-    return pack_tensors(tensors, {"format": FORMAT, "dialect": dialect, **asdict(features)})
+    meta: dict[str, Any] = {"format": FORMAT, "dialect": dialect, **asdict(features)}
+    if labelling is not None:
+        tensors |= label_tensors([clip.labels for clip in clips if clip.labels is not None])
+        meta[META] = asdict(labelling)
+    return pack_tensors(tensors, meta)
 
 
 def read_shard(path: Path) -> Shard:
@@ -117,8 +131,15 @@ def read_shard(path: Path) -> Shard:
         if meta.pop("format", None) != FORMAT:
             raise Reject(f"its format is not {FORMAT}")
         dialect = str(meta.pop("dialect"))
+        teacher = meta.pop(META, None)
+        labelling = None if teacher is None else Labelling(**teacher)
         features = Features(**meta)
-        return Shard(dialect, features, _clips(tensors, features))
+        labels = {name: tensors.pop(name) for name in (IDS, LOGS, REST)} if labelling else {}
+        clips = _clips(tensors, features)
+        if labelling:
+            parts = clip_labels(labels, [len(clip.tokens) - 1 for clip in clips])
+            clips = tuple(replace(clip, labels=part) for clip, part in zip(clips, parts, strict=True))
+        return Shard(dialect, features, clips, labelling)
     except OSError as error:
         raise LocalError(f"the shard {path} cannot be read ({error.strerror})") from error
     except (Reject, ValueError, KeyError, TypeError, IndexError) as error:

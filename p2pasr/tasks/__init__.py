@@ -13,7 +13,12 @@ from p2pasr.tasks.base import Bounded, Checkpoint, Probed, SegmentPlan, SegmentR
 
 __all__ = ["KINDS", "Bounded", "Checkpoint", "Probed", "SegmentPlan", "SegmentReport", "Task", "build", "pin"]
 
-KINDS = {"lora": "p2pasr.tasks.lora", "full": "p2pasr.tasks.full", "student": "p2pasr.tasks.student"}
+KINDS = {
+    "lora": "p2pasr.tasks.lora",
+    "full": "p2pasr.tasks.full",
+    "student": "p2pasr.tasks.student",
+    "distill": "p2pasr.tasks.distill",
+}
 """The `task.kind` values of a manifest, and the module of each: it has CONFIG, a pydantic model, and TASK, a class that
 is made from one and checks shards, and pins what a configuration leaves open."""
 

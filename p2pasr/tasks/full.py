@@ -7,13 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from pydantic import Field
 
 from p2pasr.protocol.tensors import Tensors
-from p2pasr.speech.pretrained import load
 from p2pasr.tasks.training import trainable
-from p2pasr.tasks.whisper import WhisperTask, WhisperTaskConfig, shorten, write_notes
+from p2pasr.tasks.whisper import WhisperTask, WhisperTaskConfig, load_whisper, shorten, write_notes
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration
@@ -39,7 +37,7 @@ class FullTask(WhisperTask):
 
     def __init__(self, config: FullTaskConfig, seed: int, device: str = "cpu", model: str | None = None) -> None:
         super().__init__(config, seed, device, model)
-        self.model = self._build()
+        self.model = self.start()
         shorten(self.model, self.frames)
         self.model = self.model.to(self.device)
         if config.freeze_encoder:
@@ -48,6 +46,10 @@ class FullTask(WhisperTask):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.trained = trainable(self.model)
         self._base = self.get_params()
+
+    def start(self) -> WhisperForConditionalGeneration:
+        """The model that training starts from, with its whole window."""
+        return load_whisper(self.source, self.config.revision)
 
     @property
     def whisper(self) -> WhisperForConditionalGeneration:
@@ -70,14 +72,6 @@ class FullTask(WhisperTask):
         self.frontend.extractor.save_pretrained(out)
         self.frontend.tokenizer.save_pretrained(out)
         write_notes(out, self.notes(about))
-
-    def _build(self) -> WhisperForConditionalGeneration:
-        from transformers import WhisperForConditionalGeneration
-
-        model: WhisperForConditionalGeneration = load(
-            WhisperForConditionalGeneration, self.source, self.config.revision, dtype=torch.float32
-        )
-        return model
 
 
 CONFIG = FullTaskConfig

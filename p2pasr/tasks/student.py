@@ -10,15 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Field, RootModel, model_validator
 
-from p2pasr.errors import LocalError
 from p2pasr.protocol.encoding import digest
 from p2pasr.tasks.base import Task
 from p2pasr.tasks.ctc import CtcConfig, CtcTask
 from p2pasr.tasks.full import FullTask, FullTaskConfig
 from p2pasr.tasks.training import fresh_params
+from p2pasr.tasks.whisper import pick_layers
 
 if TYPE_CHECKING:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
@@ -65,7 +64,8 @@ class ScratchWhisperTask(FullTask):
         """Every version is fixed already: no weights are loaded, and shards name the vocabulary."""
         return config
 
-    def _build(self) -> WhisperForConditionalGeneration:
+    def start(self) -> WhisperForConditionalGeneration:
+        """See :meth:`p2pasr.tasks.full.FullTask.start`."""
         from transformers import WhisperForConditionalGeneration
 
         return WhisperForConditionalGeneration(whisper_shape(self.config, self.frontend.config, self.frames))
@@ -119,36 +119,13 @@ class DistilWhisperTask(FullTask):
 
     config: DistilWhisperConfig
 
-    def _build(self) -> WhisperForConditionalGeneration:
-        model = super()._build()
-        keep_decoder_layers(model, self.config.decoder_layers)
-        return model
+    def start(self) -> WhisperForConditionalGeneration:
+        """See :meth:`p2pasr.tasks.full.FullTask.start`."""
+        return pick_layers(super().start(), None, self.config.decoder_layers)
 
     def notes(self, about: Mapping[str, Any]) -> dict[str, Any]:
         """See :meth:`p2pasr.tasks.whisper.WhisperTask.notes`."""
         return {**super().notes(about), "decoder_layers": list(self.config.decoder_layers)}
-
-
-def keep_decoder_layers(model: WhisperForConditionalGeneration, chosen: Sequence[int]) -> None:
-    """Leave only some decoder layers in a Whisper model.
-
-    Args:
-        chosen: which, ascending; negative ones count from the last.
-
-    Raises:
-        LocalError: it has no such layer, or they do not ascend.
-    """
-    layers = model.model.decoder.layers
-    indices = [index + len(layers) if index < 0 else index for index in chosen]
-    if not all(0 <= index < len(layers) for index in indices) or indices != sorted(set(indices)):
-        raise LocalError(
-            f"task.config.decoder_layers: {list(chosen)} are not ascending layers of a decoder that has {len(layers)}"
-        )
-    model.model.decoder.layers = torch.nn.ModuleList([layers[index] for index in indices])
-    for place, layer in enumerate(model.model.decoder.layers):
-        layer.self_attn.layer_idx = layer.encoder_attn.layer_idx = place  # where the cache keeps what it attended to
-    model.config.decoder_layers = len(indices)
-    model.generation_config.alignment_heads = None  # they name the teacher's layers
 
 
 class StudentConfig(

@@ -90,6 +90,13 @@ class GradientTask(Generic[E]):
         """Summed loss of some examples, a float32 scalar; random numbers are torch's, seeded for the segment."""
         raise NotImplementedError
 
+    def before_step(self, step: int, total: int) -> None:
+        """Set what else follows from where a step stands in the run, as the learning rate does; nothing here.
+
+        Args:
+            step, total: as for :func:`learning_rate`.
+        """
+
     @property
     def hardware_class(self) -> str:
         """See :attr:`p2pasr.tasks.base.Task.hardware_class`."""
@@ -110,6 +117,7 @@ class GradientTask(Generic[E]):
                 rate = learning_rate(self.config, plan.first_step + index, plan.total_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
+                self.before_step(plan.first_step + index, plan.total_steps)
                 losses.append(self._step(optimizer, [examples[i] for i in next(batches)]))
                 if on_step is not None:
                     on_step(index + 1, losses[-1])

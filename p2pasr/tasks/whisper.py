@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,7 @@ from p2pasr.errors import LocalError
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.speech.mel import restore
 from p2pasr.speech.metrics import error_rates
-from p2pasr.speech.pretrained import Frontend, frontend, weights_digest
+from p2pasr.speech.pretrained import Frontend, frontend, load, weights_digest
 from p2pasr.speech.shards import Clip, Features, Shard, read_shard
 from p2pasr.speech.text import normalise
 from p2pasr.tasks.augment import SpecAugment, spec_augment
@@ -178,6 +179,52 @@ def shard_of(path: Path, features: Features, config: WhisperTaskConfig) -> Shard
 def write_notes(out: Path, notes: Mapping[str, Any]) -> None:
     """Write what goes beside an exported model: `p2pasr.json`."""
     (out / "p2pasr.json").write_text(json.dumps(notes, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def load_whisper(model: str, revision: str | None = None) -> WhisperForConditionalGeneration:
+    """A Whisper model with its weights in float32.
+
+    Raises:
+        LocalError: as :func:`p2pasr.speech.pretrained.load`.
+    """
+    from transformers import WhisperForConditionalGeneration
+
+    loaded: WhisperForConditionalGeneration = load(
+        WhisperForConditionalGeneration, model, revision, dtype=torch.float32
+    )
+    return loaded
+
+
+def pick_layers(
+    model: WhisperForConditionalGeneration, encoder: Sequence[int] | None, decoder: Sequence[int] | None
+) -> WhisperForConditionalGeneration:
+    """A smaller copy of a model that has some of its layers, as distil-whisper's students start (Gandhi et al. 2023).
+
+    Args:
+        encoder, decoder: the layers to keep, in their new order, -1 being the last; all if None.
+
+    Raises:
+        LocalError: a layer is named that the model does not have, or one twice.
+    """
+    small = copy.deepcopy(model)
+    parts = {"encoder": encoder, "decoder": decoder}
+    for name, picked in parts.items():
+        part: Any = getattr(small.model, name)
+        count = len(part.layers)
+        kept = list(range(count)) if picked is None else [index % count for index in picked if -count <= index < count]
+        if not kept or len(set(kept)) != len(kept) or (picked is not None and len(kept) != len(picked)):
+            raise LocalError(
+                f"the layers {list(picked or ())} cannot be picked from the {name}'s {count}: "
+                f"name each once, from 0 to {count - 1} or from -{count} to -1"
+            )
+        part.layers = torch.nn.ModuleList([part.layers[index] for index in kept])
+        for index, layer in enumerate(part.layers):
+            for module in layer.modules():
+                if hasattr(module, "layer_idx"):  # where an attention keeps its past keys and values
+                    module.layer_idx = index
+        setattr(small.config, f"{name}_layers", len(kept))
+    small.generation_config.alignment_heads = None  # they name layers of the larger model
+    return small
 
 
 def shorten(model: Any, frames: int) -> None:

@@ -22,10 +22,14 @@ from p2pasr.peers.journal import Journal
 from p2pasr.protocol.manifest import RunConfig, RunManifest
 from p2pasr.runs import new_run, shard_paths
 from p2pasr.speech.audio import SAMPLE_RATE, Audio
-from p2pasr.speech.prepare import Settings, prepare
+from p2pasr.speech.prepare import Settings, prepare, read_index
 from p2pasr.speech.pretrained import BUNDLED, Frontend, frontend
 from p2pasr.speech.synthetic import write_corpus
 from p2pasr.tasks import Checkpoint, SegmentPlan
+from p2pasr.tasks.labelling import LabelSettings, label_shards
+from p2pasr.tasks.teacher import Teacher
+
+from .builders import make_identity
 
 torch.set_num_threads(1)
 
@@ -102,6 +106,21 @@ def shards(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shard_files(shards: Path) -> Sequence[Path]:
     """The files of the three shards, in their order."""
     return shard_paths(shards)
+
+
+@pytest.fixture(scope="session")
+def labelled(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The three shards with labels of 16 tokens by the demo's model."""
+    folder = tmp_path_factory.mktemp("labelled")
+    teacher = Teacher(MODEL, read_index(shards).features, MODEL)
+    label_shards(teacher, shards, folder, LabelSettings(top_k=16), make_identity(1))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def labelled_files(labelled: Path) -> Sequence[Path]:
+    """The files of the three labelled shards, in their order."""
+    return shard_paths(labelled)
 
 
 @pytest.fixture(scope="session")

@@ -35,10 +35,31 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "student-wav2vec2-ctc": {**CTC, "architecture": "wav2vec2-ctc"},
     "student-hubert-ctc": {**CTC, "architecture": "hubert-ctc"},
     "student-wav2vec2-bert-ctc": {**CTC, "architecture": "wav2vec2-bert-ctc"},
+    "distill": {
+        "model": MODEL,
+        "warmup_steps": 0,
+        "learning_rate": 1e-3,
+        "encoder_layers": [0],
+        "decoder_layers": [0],
+    },
+    "distill-online": {
+        "model": MODEL,
+        "warmup_steps": 0,
+        "learning_rate": 1e-3,
+        "decoder_layers": [-1],
+        "freeze_encoder": True,
+        "teacher_online": True,
+    },
 }
 """Name of a variant, of which the first word is its kind → a configuration that learns from a few clips."""
 
 Make = Callable[[], Task]
+
+
+@pytest.fixture
+def shard_files(labelled_files: Sequence[Path]) -> Sequence[Path]:
+    """Shards for all kinds: those with a teacher's labels are shards like any other."""
+    return labelled_files
 
 
 @pytest.fixture(params=CONFIGS)
