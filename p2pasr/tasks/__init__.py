@@ -13,7 +13,7 @@ from p2pasr.tasks.base import Bounded, Checkpoint, SegmentPlan, SegmentReport, T
 
 __all__ = ["KINDS", "Bounded", "Checkpoint", "SegmentPlan", "SegmentReport", "Task", "build", "pin"]
 
-KINDS = {"lora": "p2pasr.tasks.lora", "full": "p2pasr.tasks.full"}
+KINDS = {"lora": "p2pasr.tasks.lora", "full": "p2pasr.tasks.full", "features": "p2pasr.tasks.features"}
 """The `task.kind` values of a manifest, and the module of each: it has CONFIG, a pydantic model, and TASK, a class that
 is made from one and checks shards, and pins what a configuration leaves open."""
 

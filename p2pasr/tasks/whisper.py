@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 FRAMES_A_SECOND = 100
 
+PREFIX_TOKENS = 4
+"""Tokens before a transcript's text: where it starts, its language, what is done, no timestamps."""
+
 IGNORED = -100
 """Label of positions that are padding; cross entropy leaves them out."""
 
@@ -150,15 +153,26 @@ class WhisperTask(GradientTask[Clip]):
         }
 
     def _shard(self, path: Path) -> Shard:
-        shard = read_shard(path)
-        if shard.features != self.features:
-            window = self.config.window_seconds
-            option = "" if window is None else f" --window-seconds {window:g}"
-            raise LocalError(
-                f"shard {path} was prepared for other features than {self.config.model!r} takes; "
-                f"prepare it with --model {self.config.model}{option}"
-            )
-        return shard
+        return matching_shard(path, self.features, self.config.model, self.config.window_seconds)
+
+
+def matching_shard(path: Path, features: Features, model: str, window_seconds: float | None) -> Shard:
+    """Open a shard that was prepared for a model's features.
+
+    Args:
+        window_seconds: the task's, None for the model's own.
+
+    Raises:
+        LocalError: it was prepared for others, or is no shard.
+    """
+    shard = read_shard(path)
+    if shard.features != features:
+        option = "" if window_seconds is None else f" --window-seconds {window_seconds:g}"
+        raise LocalError(
+            f"shard {path} was prepared for other features than {model!r} takes; "
+            f"prepare it with --model {model}{option}"
+        )
+    return shard
 
 
 def write_notes(out: Path, notes: Mapping[str, Any]) -> None:
@@ -248,10 +262,9 @@ def transcribe(
     """
     model.eval()
     device = next(model.parameters()).device
-    prefix_length = 4
     by_prefix: dict[tuple[int, ...], list[int]] = {}
     for index, clip in enumerate(clips):
-        by_prefix.setdefault(clip.tokens[:prefix_length], []).append(index)
+        by_prefix.setdefault(clip.tokens[:PREFIX_TOKENS], []).append(index)
     results: dict[int, str] = {}
     for prefix, members in by_prefix.items():
         for start in range(0, len(members), batch_size):

@@ -18,6 +18,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {**LORA, "learning_rate": 3e-3},
     "full": {"model": MODEL, "warmup_steps": 0, "learning_rate": 3e-4},
     "full-decoder": {"model": MODEL, "warmup_steps": 0, "learning_rate": 3e-4, "freeze_encoder": True},
+    "features": {
+        "model": MODEL,
+        "heads": ["accent", "speaker", "vad", "confidence", "masked"],
+        "dialects": ["cmn", "yue"],
+        "encoder": {"width": 32, "layers": 1, "feedforward": 64},
+        "text_layers": 1,
+        "warmup_steps": 0,
+        "learning_rate": 5e-3,
+    },
 }
 """Name of a variant, of which the first word is its kind → a configuration that learns from a few clips."""
 
