@@ -93,11 +93,15 @@ class FeaturesModel(nn.Module):
     Args:
         config: pinned.
         front: what the shards were prepared with.
+
+    Attributes:
+        features: what clips must have been prepared for.
     """
 
     def __init__(self, config: FeaturesTaskConfig, front: Frontend) -> None:
         super().__init__()
         sizes, n_mels = config.encoder, int(front.extractor.feature_size)
+        self.features = Features(n_mels, front.window_seconds, front.vocabulary)
         vocabulary = int(front.config.vocab_size)
         make: dict[str, Callable[[], Head]] = {
             "accent": lambda: AccentHead(sizes, config.dialects),
@@ -191,8 +195,8 @@ class FeaturesTask(GradientTask[Example]):
         self.seed = seed
         self.device = usable_device(device)
         front = frontend(model or config.model, config.revision, config.window_seconds)
-        self.features = Features(int(front.extractor.feature_size), front.window_seconds, front.vocabulary)
         self.model = FeaturesModel(config, front).to(self.device)
+        self.features = self.model.features
         self.trained = trainable(self.model)
         self._dialects = {dialect: index for index, dialect in enumerate(config.dialects)}
         self._speakers = {bytes.fromhex(speaker): index for index, speaker in enumerate(config.speakers)}

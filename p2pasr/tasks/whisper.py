@@ -34,6 +34,9 @@ FRAMES_A_SECOND = 100
 PREFIX_TOKENS = 4
 """Tokens before a transcript's text: where it starts, its language, what is done, no timestamps."""
 
+NOTES = "p2pasr.json"
+"""File beside an exported model, for what its folder cannot say."""
+
 IGNORED = -100
 """Label of positions that are padding; cross entropy leaves them out."""
 
@@ -176,8 +179,8 @@ def matching_shard(path: Path, features: Features, model: str, window_seconds: f
 
 
 def write_notes(out: Path, notes: Mapping[str, Any]) -> None:
-    """Write what goes beside an exported model: `p2pasr.json`."""
-    (out / "p2pasr.json").write_text(json.dumps(notes, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    """Write :data:`NOTES`."""
+    (out / NOTES).write_text(json.dumps(notes, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def shorten(model: Any, frames: int) -> None:
