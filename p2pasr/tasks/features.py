@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from p2pasr.errors import LocalError
 from p2pasr.protocol.encoding import digest
 from p2pasr.protocol.tensors import Tensors
+from p2pasr.speech.phonemes import LONGEST_WORD, readings
 from p2pasr.speech.pretrained import Frontend, frontend
-from p2pasr.speech.shards import Clip, Features, read_shard
+from p2pasr.speech.shards import Clip, Features, Shard, read_shard
+from p2pasr.speech.text import normalise
 from p2pasr.tasks.base import OnProgress
 from p2pasr.tasks.corruption import continuing_ids
 from p2pasr.tasks.determinism import reproducible, usable_device
@@ -35,11 +37,18 @@ from p2pasr.tasks.heads import (
     View,
     framed,
     mel_of,
+    text_tokens,
 )
+from p2pasr.tasks.text_heads import CorrectionHead, Guess, PhonemeHead
 from p2pasr.tasks.training import GradientTask, TrainingConfig, fresh_params, trainable
 from p2pasr.tasks.whisper import matching_shard, write_notes
 
-HeadName = Literal["accent", "speaker", "vad", "confidence", "masked"]
+HeadName = Literal["accent", "speaker", "vad", "confidence", "masked", "correction", "phoneme"]
+
+Word = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_WORD)]
+"""An entry of a lexicon, or a phoneme's name."""
+
+Dialect = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 
 WEIGHTS, SETTINGS = "model.safetensors", "config.json"
 
@@ -62,8 +71,8 @@ class FeaturesTaskConfig(TrainingConfig):
     """What a head's loss counts; 1 for those that are not named."""
     encoder: EncoderConfig = EncoderConfig()
 
-    dialects: Annotated[tuple[Annotated[str, StringConstraints(max_length=64)], ...], Field(strict=False)] = ()
-    """Classes of `accent`; filled in from the run's shards by `p2pasr run new`."""
+    dialects: Annotated[tuple[Dialect, ...], Field(strict=False)] = ()
+    """Classes of `accent`, and what `phoneme` knows; filled in from the run's shards by `p2pasr run new`."""
     speakers: Annotated[
         tuple[Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")], ...],
         Field(max_length=100_000, strict=False),
@@ -77,7 +86,16 @@ class FeaturesTaskConfig(TrainingConfig):
     """Frames of 10 ms that are hidden together."""
     mask_loss: Literal["l1", "l2"] = "l1"
     text_layers: Annotated[int, Field(ge=1, le=24)] = 2
-    """Blocks of `confidence` that read the transcript."""
+    """Blocks of `confidence` and of `correction` that read a transcript."""
+    lexicon: Annotated[tuple[Word, ...], Field(max_length=100_000, strict=False)] = ()
+    """Words that `correction` would rather see in a transcript."""
+    lexicon_bonus: Annotated[float, Field(ge=0, le=100)] = 0.5
+    """What each of them counts, in nats a token."""
+    pronunciations: dict[
+        Dialect, dict[Word, Annotated[tuple[Word, ...], Field(min_length=1, max_length=LONGEST_WORD, strict=False)]]
+    ] = Field(default_factory=dict)
+    """For `phoneme`, dialect → character or word → phonemes; filled in for Mandarin and Cantonese, without the tones
+    that a character has in certain words."""
 
     @field_validator("heads")
     @classmethod
@@ -111,9 +129,15 @@ class FeaturesModel(nn.Module):
                 sizes, vocabulary, config.text_layers, continuing_ids(front.tokenizer)
             ),
             "masked": lambda: MaskedHead(sizes, n_mels, config.mask_share, config.mask_span, config.mask_loss),
+            "correction": lambda: CorrectionHead(
+                sizes, vocabulary, config.text_layers, front.tokenizer, config.lexicon, config.lexicon_bonus
+            ),
+            "phoneme": lambda: PhonemeHead(sizes, config.pronunciations, config.dialects, front.tokenizer),
         }
-        self.heads = nn.ModuleDict({name: make[name]() for name in config.heads})
-        self.encoder = SpeechEncoder(n_mels, sizes)
+        heads: dict[str, Head] = {name: make[name]() for name in config.heads}
+        self.heads = nn.ModuleDict(heads)
+        if any(head.hears for head in heads.values()):
+            self.encoder = SpeechEncoder(n_mels, sizes)
 
     def hear(self, sound: Sound) -> States:
         """The encoder's states of some clips."""
@@ -121,17 +145,19 @@ class FeaturesModel(nn.Module):
         states: States = self.encoder(there.mels, there.frames)
         return states
 
-    def views(self, examples: Sequence[Example]) -> Iterator[tuple[str, Head, States, View]]:
-        """Each head with its view of a batch and what is heard of it; clips that are not changed are heard once."""
+    def views(self, examples: Sequence[Example]) -> Iterator[tuple[str, Any, States | None, View]]:
+        """Each head with what is heard of its view of a batch, and that view; unchanged clips are heard once."""
         unchanged: States | None = None
-        for name, head in self.heads.items():
-            assert isinstance(head, Head)  # noqa: S101 (ModuleDict does not know what it holds)
+        heads: Mapping[str, Any] = dict(self.heads.items())
+        for name, head in heads.items():
             view = head.view(examples)
-            if view.sound is not None:
+            if not head.hears:
+                yield name, head, None, view
+            elif view.sound is not None:
                 yield name, head, self.hear(view.sound), view
-                continue
-            unchanged = unchanged or self.hear(sound_of([example.clip for example in examples]))
-            yield name, head, unchanged, view
+            else:
+                unchanged = unchanged or self.hear(sound_of([example.clip for example in examples]))
+                yield name, head, unchanged, view
 
     @torch.inference_mode()
     def dialect_probabilities(self, clips: Sequence[Clip]) -> list[dict[str, float]]:
@@ -168,6 +194,36 @@ class FeaturesModel(nn.Module):
         tokens = [framed(clip, text) for clip, text in zip(clips, texts, strict=True)]
         return torch.sigmoid(head.sureness(self.hear(sound_of(clips)), tokens)).tolist()
 
+    def rescore(self, clip: Clip, guesses: Sequence[Guess]) -> list[float]:
+        """How good each of a recogniser's guesses is; see :meth:`p2pasr.tasks.text_heads.CorrectionHead.rescore`.
+
+        Raises:
+            LocalError: the model has no head `correction`.
+        """
+        scores: list[float] = self._head("correction").rescore(clip, guesses)
+        return scores
+
+    @torch.inference_mode()
+    def phonemes(self, clips: Sequence[Clip]) -> list[list[str]]:
+        """What is pronounced in each clip.
+
+        Raises:
+            LocalError: the model has no head `phoneme`.
+        """
+        found: list[list[str]] = self._head("phoneme").recognise(self.hear(sound_of(clips)))
+        return found
+
+    @torch.inference_mode()
+    def activity(self, clips: Sequence[Clip]) -> list[Tensor]:
+        """How likely there is speech, and noise, in each step of 40 ms: for each clip float32, (positions, 2).
+
+        Raises:
+            LocalError: the model has no head `vad`.
+        """
+        heard = self.hear(sound_of(clips))
+        shares = torch.sigmoid(self._head("vad").out(heard.values))
+        return [row[real] for row, real in zip(shares, heard.real, strict=True)]
+
     def _head(self, name: str) -> Any:
         if name not in self.heads:
             raise LocalError(f"the model has no head {name!r}, only {', '.join(self.heads)}")
@@ -202,14 +258,18 @@ class FeaturesTask(GradientTask[Example]):
         self._speakers = {bytes.fromhex(speaker): index for index, speaker in enumerate(config.speakers)}
 
     @staticmethod
-    def pin(config: FeaturesTaskConfig, model: str | None, shards: Sequence[Path]) -> FeaturesTaskConfig:  # noqa: ARG004
+    def pin(config: FeaturesTaskConfig, model: str | None, shards: Sequence[Path]) -> FeaturesTaskConfig:
         """Fill in what the manifest must fix: the classes of heads, as the run's shards have them."""
         found: dict[str, Any] = {}
-        if "accent" in config.heads and not config.dialects:
-            found["dialects"] = tuple(sorted({read_shard(path).dialect for path in shards}))
+        opened = [read_shard(path) for path in shards]
+        if {"accent", "phoneme"} & set(config.heads) and not config.dialects:
+            found["dialects"] = tuple(sorted({shard.dialect for shard in opened}))
         if "speaker" in config.heads and not config.speakers:
-            speakers = {clip.speaker for path in shards for clip in read_shard(path).clips} - {NOBODY}
+            speakers = {clip.speaker for shard in opened for clip in shard.clips} - {NOBODY}
             found["speakers"] = tuple(speaker.hex() for speaker in sorted(speakers))
+        if "phoneme" in config.heads:
+            tokenizer = frontend(model or config.model, config.revision).tokenizer
+            found["pronunciations"] = {**_pronunciations(opened, tokenizer, config.pronunciations)}
         pinned = config.model_copy(update=found)
         _check_classes(pinned)
         return pinned
@@ -309,8 +369,20 @@ def sound_of(clips: Sequence[Clip]) -> Sound:
     return Sound.of([mel_of(clip) for clip in clips])
 
 
+def _pronunciations(
+    shards: Sequence[Shard], tokenizer: Any, known: Mapping[str, Mapping[str, tuple[str, ...]]]
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Those that are known, and readings of all characters of other dialects' transcripts."""
+    characters: dict[str, set[str]] = {}
+    for shard in shards:
+        texts = (tokenizer.decode(text_tokens(clip)) for clip in shard.clips)
+        characters.setdefault(shard.dialect, set()).update(*map(normalise, texts))
+    read = {dialect: readings(dialect, found) for dialect, found in sorted(characters.items()) if dialect not in known}
+    return {dialect: dict(words) for dialect, words in known.items()} | read
+
+
 def _check_classes(config: FeaturesTaskConfig) -> None:
-    for head, key, least in (("accent", "dialects", 2), ("speaker", "speakers", 2)):
+    for head, key, least in (("accent", "dialects", 2), ("speaker", "speakers", 2), ("phoneme", "pronunciations", 1)):
         if head in config.heads and len(getattr(config, key)) < least:
             raise LocalError(f"the head {head} needs at least {least} {key}; the run's shards do not hold that many")
 
