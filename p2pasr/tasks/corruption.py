@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import Any
 
@@ -87,6 +88,19 @@ def corrupt(units: Sequence[Unit], pool: Sequence[Unit]) -> Corrupted:
         wrong.append(edited or left_out)
         left_out = False
     return Corrupted(tuple(kept), (*wrong, left_out))
+
+
+def compared(units: Sequence[Unit], truth: Sequence[Unit]) -> Corrupted:
+    """A transcript as its differences from the true one show it: what has no counterpart there is wrong."""
+    wrong = [True] * len(units) + [True]
+    after_units = after_truth = 0
+    for block in SequenceMatcher(None, units, truth, autojunk=False).get_matching_blocks():
+        for index in range(block.a, block.a + block.size):
+            wrong[index] = False
+        left_out = block.a == after_units and block.b > after_truth
+        wrong[block.a] = left_out
+        after_units, after_truth = block.a + block.size, block.b + block.size
+    return Corrupted(tuple(units), tuple(wrong))
 
 
 def untouched(units: Sequence[Unit]) -> Corrupted:

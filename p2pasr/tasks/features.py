@@ -50,7 +50,7 @@ Word = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_WORD)]
 
 Dialect = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 
-WEIGHTS, SETTINGS = "model.safetensors", "config.json"
+WEIGHTS, SETTINGS, PROGRAM = "model.safetensors", "config.json", "model.pt2"
 
 SCORING_BATCH = 16
 
@@ -167,7 +167,7 @@ class FeaturesModel(nn.Module):
             LocalError: the model has no head `accent`.
         """
         head = self._head("accent")
-        shares = head.logits(self.hear(sound_of(clips))).softmax(1).tolist()
+        shares = head.decide(self.hear(sound_of(clips))).softmax(1).tolist()
         return [dict(zip(head.dialects, row, strict=True)) for row in shares]
 
     @torch.inference_mode()
@@ -177,7 +177,7 @@ class FeaturesModel(nn.Module):
         Raises:
             LocalError: the model has no head `speaker`.
         """
-        embeddings: Tensor = self._head("speaker").embeddings(self.hear(sound_of(clips)))
+        embeddings: Tensor = self._head("speaker").decide(self.hear(sound_of(clips)))
         return embeddings
 
     @torch.inference_mode()
@@ -221,13 +221,29 @@ class FeaturesModel(nn.Module):
             LocalError: the model has no head `vad`.
         """
         heard = self.hear(sound_of(clips))
-        shares = torch.sigmoid(self._head("vad").out(heard.values))
+        shares = torch.sigmoid(self._head("vad").decide(heard))
         return [row[real] for row, real in zip(shares, heard.real, strict=True)]
 
     def _head(self, name: str) -> Any:
         if name not in self.heads:
             raise LocalError(f"the model has no head {name!r}, only {', '.join(self.heads)}")
         return self.heads[name]
+
+
+class Listener(nn.Module):
+    """The heads of a model that read nothing, as one function of sounds."""
+
+    def __init__(self, model: FeaturesModel) -> None:
+        super().__init__()
+        heads: Mapping[str, Any] = dict(model.heads.items())
+        self.encoder = model.encoder
+        self.heads = nn.ModuleDict({name: head for name, head in heads.items() if not head.reads})
+
+    def forward(self, mels: Tensor, frames: Tensor) -> dict[str, Tensor]:
+        """Head → what it decides."""
+        heard = self.encoder(mels, frames)
+        heads: Mapping[str, Any] = dict(self.heads.items())
+        return {name: head.decide(heard) for name, head in heads.items()}
 
 
 class FeaturesTask(GradientTask[Example]):
@@ -333,10 +349,17 @@ class FeaturesTask(GradientTask[Example]):
             return {name: self.model.heads[name].scores(outcomes[name]) for name in self.config.heads}
 
     def export(self, params: Tensors, out: Path, about: Mapping[str, Any]) -> None:
-        """Write a folder for :func:`load_features`: weights by their names in the module, and its configuration."""
+        """Write a folder for :func:`load_features`: weights by their names in the module, and its configuration.
+
+        Heads that read no text are in `model.pt2` besides, which torch.export.load opens without this package: a
+        function of log-mels, float32, (batch, n_mels, frames), padded with zeros, and of the clips' true lengths,
+        int64, (batch,), to head → what its `decide` returns.
+        """
         self.set_params(params)
         save_file({name: p.detach().cpu().contiguous() for name, p in self.trained.items()}, out / WEIGHTS)
         (out / SETTINGS).write_text(self.config.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        if program := _listening_program(self.model):
+            torch.export.save(program, out / PROGRAM)
         notes = {"base_model": self.config.model, "task": "features", "heads": list(self.config.heads)}
         write_notes(out, {**about, **notes, "window_seconds": self.features.window_seconds})
 
@@ -362,6 +385,19 @@ def load_features(folder: Path, device: str = "cpu", model: str | None = None) -
     except RuntimeError as error:
         raise LocalError(f"the weights in {folder} do not fit its {SETTINGS}; export the model again") from error
     return loaded.to(usable_device(device)).eval()
+
+
+def _listening_program(model: FeaturesModel) -> torch.export.ExportedProgram | None:
+    """:class:`Listener` for any number of clips of any length, or None if all heads read."""
+    heads: Mapping[str, Any] = dict(model.heads.items())
+    if all(head.reads for head in heads.values()):
+        return None
+    listener = Listener(model).eval()
+    device = next(model.parameters()).device
+    example = torch.zeros(2, model.features.n_mels, 100, device=device), torch.tensor([100, 50], device=device)
+    free = torch.export.Dim.AUTO
+    with torch.no_grad():
+        return torch.export.export(listener, example, dynamic_shapes=({0: free, 2: free}, {0: free}))
 
 
 def sound_of(clips: Sequence[Clip]) -> Sound:

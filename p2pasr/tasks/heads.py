@@ -18,7 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from torch.nn.utils.rnn import pad_sequence
 
 from p2pasr.speech.shards import SPEAKER_HASH_BYTES, Clip
-from p2pasr.tasks.corruption import corrupt, units_of, untouched
+from p2pasr.tasks.corruption import compared, corrupt, units_of, untouched
 from p2pasr.tasks.encoder import SUBSAMPLING, EncoderConfig, States, TextModel
 from p2pasr.tasks.noise import loudness, make_noisy, pooled, span_mask
 from p2pasr.tasks.scores import area_under_roc, calibration_error, confusion, equal_error_rate, misses_at
@@ -85,6 +85,12 @@ class Head(nn.Module):
 
     hears: ClassVar[bool] = True
     """Whether it needs the encoder."""
+    reads: ClassVar[bool] = False
+    """Whether it needs a text; those that do not implement :meth:`decide`."""
+
+    def decide(self, heard: States) -> Tensor:
+        """What a head that reads nothing makes of sounds."""
+        raise NotImplementedError
 
     def view(self, examples: Sequence[Example]) -> View:
         """What is to be learned from a batch; draws what is drawn."""
@@ -116,8 +122,8 @@ class AccentHead(Head):
         self.dialects = tuple(dialects)
         self.out = nn.Linear(2 * config.width, len(dialects))
 
-    def logits(self, heard: States) -> Tensor:
-        """(batch, dialects)."""
+    def decide(self, heard: States) -> Tensor:
+        """Logits, (batch, dialects)."""
         logits: Tensor = self.out(heard.statistics())
         return logits
 
@@ -127,11 +133,11 @@ class AccentHead(Head):
 
     def losses(self, heard: States, target: Tensor) -> Tensor:
         """Cross entropy."""
-        return _known_cross_entropy(self.logits(heard), target)
+        return _known_cross_entropy(self.decide(heard), target)
 
     def outcomes(self, heard: States, target: Tensor) -> list[tuple[int, int]]:
         """Dialect spoken, dialect recognised."""
-        return list(zip(target.tolist(), self.logits(heard).argmax(1).tolist(), strict=True))
+        return list(zip(target.tolist(), self.decide(heard).argmax(1).tolist(), strict=True))
 
     def scores(self, outcomes: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Share that is right, and spoken → recognised → clips."""
@@ -158,7 +164,7 @@ class SpeakerHead(Head):
         self.out = nn.Linear(2 * config.width, size)
         self.speakers = nn.Parameter(torch.empty(speakers, size))
 
-    def embeddings(self, heard: States) -> Tensor:
+    def decide(self, heard: States) -> Tensor:
         """Unit vectors, (batch, size); the cosine of two says how alike the speakers are."""
         return normalize(self.out(heard.statistics()), dim=1)
 
@@ -169,13 +175,13 @@ class SpeakerHead(Head):
     def losses(self, heard: States, target: tuple[Tensor, list[bytes]]) -> Tensor:
         """Cross entropy of scaled cosines, after the speaker's own was lowered by the margin."""
         speaker = target[0].to(self.device)
-        cosines = self.embeddings(heard) @ normalize(self.speakers, dim=1).T
+        cosines = self.decide(heard) @ normalize(self.speakers, dim=1).T
         own = torch.arange(cosines.shape[1], device=self.device)[None] == speaker[:, None]
         return _known_cross_entropy(self.scale * (cosines - self.margin * own), speaker)
 
     def outcomes(self, heard: States, target: tuple[Tensor, list[bytes]]) -> list[tuple[np.ndarray, bytes]]:
         """Embedding, speaker."""
-        return list(zip(self.embeddings(heard).double().cpu().numpy(), target[1], strict=True))
+        return list(zip(self.decide(heard).double().cpu().numpy(), target[1], strict=True))
 
     def scores(self, outcomes: Sequence[tuple[np.ndarray, bytes]]) -> dict[str, Any]:
         """Equal error rate over all pairs of drawn clips whose speakers are known by their hashes."""
@@ -207,6 +213,11 @@ class VadHead(Head):
         super().__init__()
         self.out = nn.Linear(config.width, len(self.sounds))
 
+    def decide(self, heard: States) -> Tensor:
+        """Logits of speech and noise, (batch, positions, 2)."""
+        logits: Tensor = self.out(heard.values)
+        return logits
+
     def view(self, examples: Sequence[Example]) -> View:
         """Noisy sounds; bool, (batch, positions, 2); their loudness, (batch, positions)."""
         noisy = [
@@ -221,12 +232,12 @@ class VadHead(Head):
     def losses(self, heard: States, target: tuple[Tensor, Tensor]) -> Tensor:
         """Cross entropy, averaged over the positions."""
         labels = target[0].to(self.device, torch.float32)
-        each = binary_cross_entropy_with_logits(self.out(heard.values).float(), labels, reduction="none")
+        each = binary_cross_entropy_with_logits(self.decide(heard).float(), labels, reduction="none")
         return States(each, heard.real).mean().sum(1)
 
     def outcomes(self, heard: States, target: tuple[Tensor, Tensor]) -> list[np.ndarray]:
         """(positions, 5): scores of speech and noise, whether there are any, loudness."""
-        scored = torch.cat([self.out(heard.values).cpu(), target[0].float(), target[1][..., None]], dim=2)
+        scored = torch.cat([self.decide(heard).cpu(), target[0].float(), target[1][..., None]], dim=2)
         return [row[real].double().numpy() for row, real in zip(scored, heard.real.cpu(), strict=True)]
 
     def scores(self, outcomes: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -251,6 +262,11 @@ class MaskedHead(Head):
         self.n_mels, self.share, self.span, self.power = n_mels, share, span, {"l1": 1, "l2": 2}[norm]
         self.out = nn.Linear(config.width, SUBSAMPLING * n_mels)
 
+    def decide(self, heard: States) -> Tensor:
+        """Log-mels, (batch, frames, n_mels), with up to three frames more than there are."""
+        made: Tensor = self.out(heard.values)
+        return made.reshape(len(made), -1, self.n_mels)
+
     def view(self, examples: Sequence[Example]) -> View:
         """Sounds with spans set to zero; the sounds; bool, (batch, frames), where they were masked."""
         mels = [mel_of(example.clip) for example in examples]
@@ -273,17 +289,18 @@ class MaskedHead(Head):
 
     def _distances(self, heard: States, target: tuple[Sound, Tensor], power: int) -> Tensor:
         wanted, masked = target[0].mels.transpose(1, 2).to(self.device), target[1].to(self.device)
-        made = self.out(heard.values).float()
-        made = made.reshape(len(made), -1, self.n_mels)
-        distance = (made[:, : wanted.shape[1]] - wanted).abs() ** power
+        distance = (self.decide(heard).float()[:, : wanted.shape[1]] - wanted).abs() ** power
         return States(distance, masked).mean().mean(1)
 
 
 class ConfidenceHead(Head):
     """Whether a transcript says what was spoken, token by token; it is as sure as it is of its worst token.
 
-    What it learns from are the run's transcripts, of which half are made wrong by substituting and leaving out.
+    What it learns from are the run's transcripts, of which half are made wrong: by substituting and leaving out, which
+    may be seen from the text alone, or by taking those of other clips, which can only be heard.
     """
+
+    reads = True
 
     def __init__(self, config: EncoderConfig, vocabulary: int, layers: int, continuing: frozenset[int]) -> None:
         super().__init__()
@@ -311,17 +328,30 @@ class ConfidenceHead(Head):
         return logits.masked_fill(~real, math.inf).amin(1)
 
     def view(self, examples: Sequence[Example]) -> View:
-        """Transcripts of which about half are wrong; for each of its tokens whether it is."""
+        """Transcripts, for each of their tokens whether it is wrong, and what kind each is.
+
+        Half are right, a quarter has errors and a quarter is another clip's, if there is one that differs.
+        """
         texts = [units_of(text_tokens(example.clip), self.continuing) for example in examples]
         pool = [unit for units in texts for unit in units]
-        wrong = (torch.rand(len(texts)) < 0.5).tolist()
-        made = [corrupt(units, pool) if spoil else untouched(units) for units, spoil in zip(texts, wrong, strict=True)]
+        made, kinds = [], []
+        for units, (kind, which) in zip(texts, torch.rand(len(texts), 2).tolist(), strict=True):
+            others = [other for other in texts if other != units]
+            if kind < 0.5 or not units:
+                made.append(untouched(units))
+                kinds.append("right")
+            elif kind < 0.75 or not others:
+                made.append(corrupt(units, pool))
+                kinds.append("errors")
+            else:
+                made.append(compared(others[int(which * len(others))], units))
+                kinds.append("other clips")
         tokens = [framed(example.clip, one.tokens) for example, one in zip(examples, made, strict=True)]
-        return View((tokens, [one.wrong_tokens for one in made]))
+        return View((tokens, [one.wrong_tokens for one in made], kinds))
 
-    def losses(self, heard: States, target: tuple[list[tuple[int, ...]], list[tuple[bool, ...]]]) -> Tensor:
+    def losses(self, heard: States, target: tuple[list[tuple[int, ...]], list[tuple[bool, ...]], list[str]]) -> Tensor:
         """Cross entropy of the tokens, averaged, and of the worst."""
-        tokens, wrong = target
+        tokens, wrong, _ = target
         logits, real = self.logits(heard, tokens)
         right = ~pad_sequence([torch.tensor(flags) for flags in wrong], batch_first=True).to(self.device)
         each = binary_cross_entropy_with_logits(logits, right.float(), reduction="none")
@@ -330,22 +360,25 @@ class ConfidenceHead(Head):
         return States(each[..., None], real).mean()[:, 0] + whole
 
     def outcomes(
-        self, heard: States, target: tuple[list[tuple[int, ...]], list[tuple[bool, ...]]]
-    ) -> list[tuple[float, bool]]:
-        """Logit, whether the transcript is right."""
-        tokens, wrong = target
-        return [
-            (logit, not any(flags)) for logit, flags in zip(self.sureness(heard, tokens).tolist(), wrong, strict=True)
-        ]
+        self, heard: States, target: tuple[list[tuple[int, ...]], list[tuple[bool, ...]], list[str]]
+    ) -> list[tuple[float, str]]:
+        """Logit, kind of transcript."""
+        tokens, _, kinds = target
+        return list(zip(self.sureness(heard, tokens).tolist(), kinds, strict=True))
 
-    def scores(self, outcomes: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-        """Area under the curve, and how far probabilities are from how often they are right."""
-        logits, right = np.array([one for one, _ in outcomes]), np.array([one for _, one in outcomes])
-        both = right.any() and not right.all()
+    def scores(self, outcomes: Sequence[tuple[float, str]]) -> dict[str, Any]:
+        """Areas under the curve, and how far probabilities are from how often they are right."""
+        logits, kinds = np.array([one for one, _ in outcomes]), np.array([one for _, one in outcomes])
+        right = kinds == "right"
+
+        def area(wrong: np.ndarray) -> float | None:
+            return area_under_roc(logits[right], logits[wrong]) if right.any() and wrong.any() else None
+
         return {
-            "auroc": area_under_roc(logits[right], logits[~right]) if both else None,
+            "auroc": area(~right),
+            "auroc_of_errors": area(kinds == "errors"),
+            "auroc_of_other_clips": area(kinds == "other clips"),
             "ece": calibration_error(1 / (1 + np.exp(-logits)), right),
-            "right": int(right.sum()),
             "clips": len(right),
         }
 

@@ -50,7 +50,7 @@ class CorrectionHead(Head):
         bonus: what each occurrence of one counts, in nats a token.
     """
 
-    hears = False
+    hears, reads = False, True
 
     def __init__(
         self, config: EncoderConfig, vocabulary: int, layers: int, tokenizer: Any, lexicon: Sequence[str], bonus: float
@@ -145,9 +145,14 @@ class PhonemeHead(Head):
         self.ids = {phoneme: index for index, phoneme in enumerate(self.phonemes, start=BLANK + 1)}
         self.out = nn.Linear(config.width, len(self.phonemes) + 1)
 
+    def decide(self, heard: States) -> Tensor:
+        """Logits of no phoneme and of each, (batch, positions, phonemes + 1)."""
+        logits: Tensor = self.out(heard.values)
+        return logits
+
     def recognise(self, heard: States) -> list[list[str]]:
         """The likeliest phoneme of each position, without repetitions and blanks."""
-        rows = self.out(heard.values).argmax(2).tolist()
+        rows = self.decide(heard).argmax(2).tolist()
         lengths = heard.real.sum(1).tolist()
         found = []
         for row, length in zip(rows, lengths, strict=True):
@@ -161,7 +166,7 @@ class PhonemeHead(Head):
 
     def losses(self, heard: States, target: Sequence[list[str] | None]) -> Tensor:
         """−log p of the phonemes, divided by their number; zero without any, or with more than fit the clip."""
-        log_shares = self.out(heard.values).float().log_softmax(2).transpose(0, 1).cpu()  # only there deterministic
+        log_shares = self.decide(heard).float().log_softmax(2).transpose(0, 1).cpu()  # only there deterministic
         ids = [torch.tensor([self.ids[p] for p in phonemes or ()], dtype=torch.int64) for phonemes in target]
         lengths = torch.tensor(list(map(len, ids)))
         each = ctc_loss(

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from p2pasr import tasks
+from p2pasr.speech.synthetic import ACTIONS, DIGITS, OPENINGS
 from p2pasr.tasks import Bounded, Checkpoint, Task, build, pin
 
 from .conftest import LORA, MODEL, plan, start_of
+
+SPOKEN = sorted({*"".join((*OPENINGS, *ACTIONS)), *DIGITS})
+"""Characters of the synthetic corpus."""
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {**LORA, "learning_rate": 3e-3},
@@ -22,6 +26,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model": MODEL,
         "heads": ["accent", "speaker", "vad", "confidence", "masked"],
         "dialects": ["cmn", "yue"],
+        "encoder": {"width": 32, "layers": 1, "feedforward": 64},
+        "text_layers": 1,
+        "warmup_steps": 0,
+        "learning_rate": 5e-3,
+    },
+    "features-text": {
+        "model": MODEL,
+        "heads": ["correction", "phoneme"],
+        "pronunciations": {"yue": {char: [f"u{ord(char) % 7}", f"v{ord(char) % 5}"] for char in SPOKEN}},
         "encoder": {"width": 32, "layers": 1, "feedforward": 64},
         "text_layers": 1,
         "warmup_steps": 0,
