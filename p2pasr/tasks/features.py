@@ -260,6 +260,7 @@ class FeaturesTask(GradientTask[Example]):
     """
 
     config: FeaturesTaskConfig
+    draws = True
 
     def __init__(self, config: FeaturesTaskConfig, seed: int, device: str = "cpu", model: str | None = None) -> None:
         _check_classes(config)

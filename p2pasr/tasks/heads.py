@@ -265,7 +265,7 @@ class MaskedHead(Head):
     def decide(self, heard: States) -> Tensor:
         """Log-mels, (batch, frames, n_mels), with up to three frames more than there are."""
         made: Tensor = self.out(heard.values)
-        return made.reshape(len(made), -1, self.n_mels)
+        return made.reshape(made.shape[0], -1, self.n_mels)  # len() would fix the size of an exported batch
 
     def view(self, examples: Sequence[Example]) -> View:
         """Sounds with spans set to zero; the sounds; bool, (batch, frames), where they were masked."""

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pasr.speech.pretrained import Frontend
-from p2pasr.tasks.corruption import Unit, continuing_ids, corrupt, units_of, untouched
+from p2pasr.tasks.corruption import Unit, compared, continuing_ids, corrupt, units_of, untouched
 from p2pasr.tasks.noise import DYNAMIC_RANGE, QUIETEST, make_noisy, pooled, span_mask, speech_frames
 
 UNITS = st.lists(st.sampled_from([(1,), (2,), (3, 4), (5, 6, 7)]), max_size=8).map(tuple)
@@ -88,6 +88,19 @@ def test_a_corrupted_transcript_is_another_one_and_says_where(
     assert len(made.wrong_tokens) == len(made.tokens) + 1
     rest = iter(units)
     assert all(any(unit == kept for unit in rest) for kept, bad in zip(made.units, made.wrong, strict=False) if not bad)
+
+
+@given(UNITS, UNITS)
+def test_a_transcript_beside_the_true_one_is_wrong_where_it_differs(
+    units: tuple[Unit, ...], truth: tuple[Unit, ...]
+) -> None:
+    made = compared(units, truth)
+
+    assert made.units == units
+    assert len(made.wrong) == len(units) + 1
+    assert any(made.wrong) is (units != truth)
+    rest = iter(truth)
+    assert all(any(unit == kept for unit in rest) for kept, bad in zip(units, made.wrong, strict=False) if not bad)
 
 
 @given(UNITS)
