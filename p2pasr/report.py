@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, Literal, TextIO
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 LogFormat = Literal["text", "json"]
 
@@ -29,6 +31,12 @@ REPEAT_SECONDS: Final = 15.0
 
 MAX_SAID: Final = 256
 """How many sentences are remembered for that; strangers can cause new ones at will."""
+
+_COLUMNS: Final = {"cer": "CER", "wer": "WER", "per": "PER", "eer": "EER", "auroc": "AUROC", "ece": "ECE"}
+"""Scores whose name in a table is an abbreviation."""
+
+_RATES: Final = re.compile(r"(cer|wer|per|eer|accuracy|exact|misses)(_.*)?")
+"""Scores that are shares of something and shown in percent."""
 
 _STYLES: Final = {"warning": "yellow", "wait": "cyan", "round": "bold green", "error": "bold red", "ready": "bold"}
 
@@ -154,15 +162,59 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         yield on_progress
 
 
-def error_rate_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Error rates as people read them."""
-    table = Table(title=title, title_justify="left")
-    for column in ("model", "CER", "WER", "exact", "clips"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for name, rates in rows.items():
-        wer = "–" if rates["wer"] is None else f"{rates['wer']:.1%}"
-        table.add_row(name, f"{rates['cer']:.1%}", wer, f"{rates['exact']:.0%}", str(rates["clips"]))
+def error_rate_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Group:
+    """Scores as people read them: a line a model, and a table of its own for whatever a score is made of.
+
+    Args:
+        title: what was scored.
+        rows: model → its scores, the same for all: numbers, None where there is none, text, or mappings of these.
+            A mapping of mappings with equal keys, such as a confusion matrix, is one table for each model.
+    """
+    return Group(*_score_tables(title, rows))
+
+
+def _score_tables(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Text | Table]:
+    first = next(iter(rows.values()))
+    plain = [name for name, value in first.items() if not isinstance(value, Mapping)]
+    if plain:
+        yield Text(title, style="italic")
+        yield _score_table("model", {row: {name: scores[name] for name in plain} for row, scores in rows.items()})
+    for name in (name for name in first if name not in plain):
+        inner = {row: scores[name] for row, scores in rows.items()}
+        if _is_matrix(first[name]):
+            for row, matrix in inner.items():
+                yield Text(f"{title}: {name}, {row}", style="italic")
+                yield _score_table("", matrix)
+        else:
+            yield from _score_tables(f"{title}: {name}", inner)
+
+
+def _score_table(corner: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table()
+    table.add_column(corner)
+    for name in next(iter(rows.values())):
+        table.add_column(_COLUMNS.get(name, name.replace("_", " ")), justify="right")
+    for row, scores in rows.items():
+        table.add_row(row, *(_shown(name, value) for name, value in scores.items()))
     return table
+
+
+def _is_matrix(scores: Mapping[str, Any]) -> bool:
+    rows = list(scores.values())
+    return bool(rows) and all(
+        isinstance(row, Mapping)
+        and row.keys() == rows[0].keys()
+        and not any(isinstance(value, Mapping) for value in row.values())
+        for row in rows
+    )
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.1%}" if _RATES.fullmatch(name) else f"{value:.3g}"
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from p2pasr import __version__
-from p2pasr.cli import data, demo, distill, identity, invite, lineage, merge, plan, run, score, task, verify
+from p2pasr.cli import data, demo, distill, identity, invite, lineage, merge, plan, route, run, score, task, verify
 from p2pasr.errors import P2pasrError
 from p2pasr.report import Report
 from p2pasr.speech.pretrained import quiet_libraries
@@ -44,6 +44,7 @@ app.add_typer(verify.app, name="verify")
 app.add_typer(task.app, name="task")
 app.command("eval")(score.evaluate)
 app.command("export")(score.export)
+app.command("route")(route.route)
 app.command("id")(identity.identity)
 app.command("invite")(invite.invite)
 app.command("lineage")(lineage.lineage)

@@ -30,7 +30,7 @@ def evaluate(
 ) -> None:
     """Score the base and the trained model.
 
-    Prints their character and word error rates on held-out shards.
+    Prints their scores on held-out shards: error rates, or what the run's task is scored by.
     """
     from p2pasr import runs
 

@@ -20,14 +20,14 @@ from p2pasr.protocol.encoding import digest
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.speech.metrics import error_rates
 from p2pasr.speech.pretrained import Frontend, frontend, weights_digest
-from p2pasr.speech.shards import Clip, Features, read_shard
+from p2pasr.speech.shards import Clip, Features, Shard, read_shard
 from p2pasr.speech.text import normalise
 from p2pasr.tasks.augment import spec_augment
 from p2pasr.tasks.base import OnProgress
 from p2pasr.tasks.determinism import usable_device
 from p2pasr.tasks.encoders import BLANK, ENCODERS, Encoder
 from p2pasr.tasks.training import GradientTask, trainable
-from p2pasr.tasks.whisper import WhisperTaskConfig, shard_of, write_notes
+from p2pasr.tasks.whisper import WhisperTaskConfig, matching_shard, write_notes
 
 SIZES: Final = {
     "transformer-ctc": (12, 1024, 16),
@@ -196,7 +196,7 @@ class CtcTask(GradientTask[Utterance]):
                 too fast for it.
         """
         for path in shards:
-            clips = shard_of(path, self.features, self.config).clips
+            clips = self._shard(path).clips
             texts = [text_of(clip, self.frontend.tokenizer) for clip in clips]
             if unknown := self.alphabet.unknown("".join(texts)):
                 raise LocalError(
@@ -213,7 +213,7 @@ class CtcTask(GradientTask[Utterance]):
 
     def examples(self, shards: Sequence[Path]) -> list[Utterance]:
         """Clips with what is to be written, without those that are spoken too fast to be aligned."""
-        clips = [clip for path in shards for clip in shard_of(path, self.features, self.config).clips]
+        clips = [clip for path in shards for clip in self._shard(path).clips]
         said = [Utterance(clip, self.alphabet.encode(text_of(clip, self.frontend.tokenizer))) for clip in clips]
         return [utterance for utterance in said if self._fits(utterance.clip, utterance.target)]
 
@@ -261,7 +261,7 @@ class CtcTask(GradientTask[Utterance]):
         Raises:
             LocalError: the shards are others than the model takes, or hold no text.
         """
-        clips = [clip for path in shards for clip in shard_of(path, self.features, self.config).clips]
+        clips = [clip for path in shards for clip in self._shard(path).clips]
         wanted = [text_of(clip, self.frontend.tokenizer) for clip in clips]
         if not any(wanted):
             raise LocalError("the shards cannot be scored: no reference holds any text")
@@ -307,6 +307,9 @@ class CtcTask(GradientTask[Utterance]):
                 "scored_after": "p2pasr.speech.text.normalise",
             },
         )
+
+    def _shard(self, path: Path) -> Shard:
+        return matching_shard(path, self.features, self.config.model, self.config.window_seconds)
 
     def _logits(self, clips: Sequence[Clip], training: bool = True) -> tuple[Tensor, list[int]]:
         """Logits, (batch, time, classes), and how many of each clip's are true."""

@@ -60,6 +60,7 @@ class GradientTask(Generic[E]):
         device: where it trains.
         model: the module, in float32 where it is trained.
         trained: name → parameter, ascending: what checkpoints hold and peers average.
+        draws: whether :meth:`loss` draws random numbers, besides those by which torch's own layers drop out.
         most_at_once: examples that memory had room for when it ran out; None while it never did.
     """
 
@@ -68,6 +69,7 @@ class GradientTask(Generic[E]):
     device: torch.device
     model: Any
     trained: dict[str, torch.nn.Parameter]
+    draws: bool = False
     most_at_once: int | None = None
 
     def initial_params(self) -> Tensors:
@@ -200,26 +202,26 @@ class GradientTask(Generic[E]):
         return min(limit for limit in (examples, self.config.micro_batch, self.most_at_once) if limit is not None)
 
     def drops_out(self) -> bool:
-        """Whether the model draws masks for what goes through it together."""
-        drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.model.modules())
+        """Whether the model or its loss draws for what goes through them together."""
+        drops = self.draws or any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.model.modules())
         return drops or float(getattr(getattr(self.model, "config", None), "dropout", 0.0)) > 0
 
     def _take_fewer(self, examples: int, error: Exception) -> None:
         """Memory ran out: let half as many examples through the model at once from now on.
 
         Gradients are summed over the pieces, so that nothing else changes and audits find the step
-        `close`. Not where the model drops out: its masks follow from the pieces.
+        `close`. Not where the model drops out or its loss draws: what is drawn follows from the pieces.
 
         Raises:
-            LocalError: it drops out, or one example is too many.
+            LocalError: it does, or one example is too many.
         """
         size = self._at_once(examples)
         if size == 1:
             raise LocalError("not even one example fits this device's memory; p2pasr plan says what does") from error
         if self.drops_out():
             raise LocalError(
-                f"{size} examples at once do not fit the memory of this device, and a model that drops out trains "
-                f"otherwise in smaller pieces: start the run with task.config.micro_batch: {size // 2}"
+                f"{size} examples at once do not fit the memory of this device, and what is drawn at random "
+                f"would be other in smaller pieces: start the run with task.config.micro_batch: {size // 2}"
             ) from error
         self.most_at_once = size // 2
         _log.warning("%d examples at once do not fit the memory of this device; %d do from now on", size, size // 2)

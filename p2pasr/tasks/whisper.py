@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 
 FRAMES_A_SECOND = 100
 
+PREFIX_TOKENS = 4
+"""Tokens before a transcript's text: where it starts, its language, what is done, no timestamps."""
+
+NOTES = "p2pasr.json"
+"""File beside an exported model, for what its folder cannot say."""
+
 IGNORED = -100
 """Label of positions that are padding; cross entropy leaves them out."""
 
@@ -157,28 +163,31 @@ class WhisperTask(GradientTask[Clip]):
         }
 
     def _shard(self, path: Path) -> Shard:
-        return shard_of(path, self.features, self.config)
+        return matching_shard(path, self.features, self.config.model, self.config.window_seconds)
 
 
-def shard_of(path: Path, features: Features, config: WhisperTaskConfig) -> Shard:
-    """Open a shard that was made for these features.
+def matching_shard(path: Path, features: Features, model: str, window_seconds: float | None) -> Shard:
+    """Open a shard that was prepared for a model's features.
+
+    Args:
+        window_seconds: the task's, None for the model's own.
 
     Raises:
-        LocalError: it was made for others, or is no shard.
+        LocalError: it was prepared for others, or is no shard.
     """
     shard = read_shard(path)
     if shard.features != features:
-        option = "" if config.window_seconds is None else f" --window-seconds {config.window_seconds:g}"
+        option = "" if window_seconds is None else f" --window-seconds {window_seconds:g}"
         raise LocalError(
-            f"shard {path} was prepared for other features than {config.model!r} takes; "
-            f"prepare it with --model {config.model}{option}"
+            f"shard {path} was prepared for other features than {model!r} takes; "
+            f"prepare it with --model {model}{option}"
         )
     return shard
 
 
 def write_notes(out: Path, notes: Mapping[str, Any]) -> None:
-    """Write what goes beside an exported model: `p2pasr.json`."""
-    (out / "p2pasr.json").write_text(json.dumps(notes, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    """Write :data:`NOTES`."""
+    (out / NOTES).write_text(json.dumps(notes, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def load_whisper(model: str, revision: str | None = None) -> WhisperForConditionalGeneration:
@@ -309,10 +318,9 @@ def transcribe(
     """
     model.eval()
     device = next(model.parameters()).device
-    prefix_length = 4
     by_prefix: dict[tuple[int, ...], list[int]] = {}
     for index, clip in enumerate(clips):
-        by_prefix.setdefault(clip.tokens[:prefix_length], []).append(index)
+        by_prefix.setdefault(clip.tokens[:PREFIX_TOKENS], []).append(index)
     results: dict[int, str] = {}
     for prefix, members in by_prefix.items():
         for start in range(0, len(members), batch_size):

@@ -148,4 +148,32 @@ def test_error_rates_are_a_table_of_percentages(out: io.StringIO) -> None:
     Console(file=out, width=80).print(error_rate_table("Cantonese", {"base": base, "trained": trained}))
 
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines() if "│" in line]
-    assert rows == [["base", "74.6%", "–", "0%", "389"], ["trained", "125.0%", "5.0%", "88%", "389"]]
+    assert rows == [
+        ["base", "74.6%", "–", "0.0%", "389", "0", "0"],
+        ["trained", "125.0%", "5.0%", "87.6%", "389", "0", "0"],
+    ]
+
+
+def test_what_a_score_is_made_of_gets_a_table_of_its_own(out: io.StringIO) -> None:
+    scores = {
+        "accent": {
+            "accuracy": 0.9375,
+            "clips": 80,
+            "confusion": {"cmn": {"cmn": 39, "yue": 1}, "yue": {"cmn": 4, "yue": 36}},
+        },
+        "masked": {"l1": 0.27363, "clips": 80},
+    }
+    Console(file=out, width=80).print(error_rate_table("Dialects", {"base": scores, "trained": scores}))
+
+    shown = out.getvalue()
+    titles = [line.strip() for line in shown.splitlines() if line.startswith("Dialects")]
+    assert titles == [
+        "Dialects: accent",
+        "Dialects: accent: confusion, base",
+        "Dialects: accent: confusion, trained",
+        "Dialects: masked",
+    ]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
+    assert rows[1] == ["trained", "93.8%", "80"]
+    assert rows[2:4] == [["cmn", "39", "1"], ["yue", "4", "36"]]
+    assert rows[-1] == ["trained", "0.274", "80"]

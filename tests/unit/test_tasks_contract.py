@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from p2pasr import tasks
+from p2pasr.speech.synthetic import ACTIONS, DIGITS, OPENINGS
 from p2pasr.tasks import Bounded, Checkpoint, Task, build, pin
 
 from .conftest import LORA, MODEL, plan, start_of
@@ -17,6 +18,8 @@ from .conftest import LORA, MODEL, plan, start_of
 STUDENT: dict[str, Any] = {"model": MODEL, "warmup_steps": 0, "learning_rate": 3e-3, "width": 32, "heads": 2}
 DISTIL: dict[str, Any] = {"architecture": "distil-whisper", "model": MODEL, "warmup_steps": 0}
 CTC = {**STUDENT, "layers": 1, "spec_augment": {"frequency_bins": 8, "time_share": 0.1}}
+SPOKEN = sorted({*"".join((*OPENINGS, *ACTIONS)), *DIGITS})
+"""Characters of the synthetic corpus."""
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {**LORA, "learning_rate": 3e-3},
@@ -49,6 +52,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "decoder_layers": [-1],
         "freeze_encoder": True,
         "teacher_online": True,
+    },
+    "features": {
+        "model": MODEL,
+        "heads": ["accent", "speaker", "vad", "confidence", "masked"],
+        "dialects": ["cmn", "yue"],
+        "encoder": {"width": 32, "layers": 1, "feedforward": 64},
+        "text_layers": 1,
+        "warmup_steps": 0,
+        "learning_rate": 5e-3,
+    },
+    "features-text": {
+        "model": MODEL,
+        "heads": ["correction", "phoneme"],
+        "pronunciations": {"yue": {char: [f"u{ord(char) % 7}", f"v{ord(char) % 5}"] for char in SPOKEN}},
+        "encoder": {"width": 32, "layers": 1, "feedforward": 64},
+        "text_layers": 1,
+        "warmup_steps": 0,
+        "learning_rate": 5e-3,
     },
 }
 """Name of a variant, of which the first word is its kind → a configuration that learns from a few clips."""
