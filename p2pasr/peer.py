@@ -16,6 +16,7 @@ from types import FrameType, TracebackType
 from typing import Any, Final
 
 from p2pasr import __version__
+from p2pasr.dialects import run_of
 from p2pasr.errors import LinkDown, LocalError, P2pasrError, RemoteError, TransportError
 from p2pasr.having import provide
 from p2pasr.peers.blobs import GIBIBYTE, BlobStore, file_digest
@@ -366,6 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--run", required=True, metavar="RUN", help="a manifest file, or a run id (then the manifest comes from peers)")
+    add("--dialect", metavar="CODE", help="which of a swarm's dialects to train, where --run is a file of dialects")
     add("--initial-peers", nargs="+", default=[], metavar="MADDR", help="peers or bootstrap nodes to join through")
     add("--invite", type=Path, metavar="FILE", help="the invite that a member gave you, for runs that ask for one")
     add("--state-dir", type=Path, metavar="DIR", help="where the key and the runs lie (default: ~/.p2pasr)")
@@ -456,7 +458,8 @@ def main(arguments: Sequence[str] | None = None, *, task: Task | None = None) ->
     interrupt_on_terminate(report)
     quiet_libraries()
     try:
-        with Peer(parsed.run, _options(parsed), report, task=task) as peer:
+        run = parsed.run if parsed.dialect is None else run_of(Path(parsed.run), parsed.dialect)
+        with Peer(run, _options(parsed), report, task=task) as peer:
             peer.run()
     except KeyboardInterrupt:
         report.emit("stopped", "stopped; the next start resumes from the state folder")

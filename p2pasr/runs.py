@@ -34,7 +34,12 @@ def run_folder(home: Path, run: bytes) -> Path:
 
 
 def new_run(
-    config: RunConfig, shards: Path, model: str | None = None, *, task: tasks.Task | None = None
+    config: RunConfig,
+    shards: Path,
+    model: str | None = None,
+    *,
+    task: tasks.Task | None = None,
+    dialect: str | None = None,
 ) -> RunManifest:
     """Make the manifest of a run: its configuration, its shards and its initial state.
 
@@ -42,24 +47,25 @@ def new_run(
         shards: a folder that :func:`p2pasr.prepare` filled; every shard is checked against its name.
         model: a local folder of the base model, if it lies elsewhere than the configuration says.
         task: a task of your own; `config.task` then only has to name it.
+        dialect: take the shards of this dialect only.
 
     Raises:
         LocalError: a shard is missing, corrupt, listed twice or made for another model or window, or the task
             cannot be built or does not offer what the run's data need.
     """
-    index = read_index(shards)
-    for shard in index.shards:
+    taken = [shard for shard in read_index(shards).shards if dialect in (None, shard.dialect)]
+    for shard in taken:
         check_digest(shards / shard.file, shard.digest)
     content = config.model_dump()
     if task is None:
-        files = shard_paths(shards)
+        files = [shards / shard.file for shard in taken]
         pinned = tasks.pin(config.task.kind, config.task.config, model, files)
         task = tasks.build(config.task.kind, pinned, seed=config.seed, model=model, shards=files)
         content["task"]["config"] = pinned
     check_offers(task, config)
     params = task.initial_params()
     content |= {
-        "shards": tuple(asdict(shard) for shard in index.shards),
+        "shards": tuple(asdict(shard) for shard in taken),
         "initial": params_digest(params).hex(),
         "parameters": sum(value.size for value in params.values()),
     }
