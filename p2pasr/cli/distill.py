@@ -46,7 +46,9 @@ def label(
     state_dir: StateDir = None,
     identity_path: Annotated[Path | None, typer.Option(help="the key that signs, if it lies elsewhere")] = None,
 ) -> None:
-    """Write shards that hold a teacher's labels beside their clips, signed with this peer's key.
+    """Write shards with a teacher's labels beside their clips.
+
+    They are signed with this peer's key.
 
     The teacher reads each transcript and says at each place which tokens it expects next. A run of the kind distill
     is made of the labelled shards, so that no peer needs the teacher. An interrupted call goes on where it stopped.

@@ -127,7 +127,7 @@ def test_the_version_is_told(p2pasr: Command) -> None:
     assert (result.code, result.out) == (0, f"p2pasr {__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["", "data", "run", "demo", "verify"])
+@pytest.mark.parametrize("command", ["", "data", "distill", "run", "demo", "verify"])
 def test_a_list_of_commands_says_whole_sentences(p2pasr: Command, command: str) -> None:
     assert "..." not in p2pasr(*command.split(), "--help").out.split("Commands:")[1]
 
