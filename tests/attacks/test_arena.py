@@ -697,7 +697,7 @@ def test_what_was_merged_longer_ago_than_deltas_are_kept_stays(arena: MakeArena)
     swarm.play(3)
     swarm.players[CHEAT].attack = scaled(-10)
     swarm.rounds_to_ban(CHEAT, most=2)
-    assert "in rounds 2-3 is taken out again" in swarm.players[1].member.report.seen("round")[-1]["message"]
+    assert "in rounds 1-3 is taken out again" in swarm.players[1].member.report.seen("round")[-1]["message"]
 
 
 def test_a_round_in_which_somebody_counted_who_is_banned_already_is_not_undone_again(arena: MakeArena) -> None:
