@@ -4,10 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint swarm attacks bench package dev clean
+.PHONY: demo demo-all test lint swarm attacks bench package dev clean
 
 demo: $(VENV)/.demo
 	$(BIN)/p2pasr demo run --out demo-out
+
+demo-all: $(VENV)/.demo
+	$(BIN)/p2pasr demo all --out demo-all-out
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
@@ -51,4 +54,4 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) demo-out build dist
+	rm -rf $(VENV) demo-out demo-all-out build dist

@@ -29,6 +29,21 @@ def run(
     raise typer.Exit(run_demo(out, peers, rounds, cheater=cheater))
 
 
+@app.command("all")
+def every(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder for everything that the demo writes")] = Path(
+        "demo-all-out"
+    ),
+) -> None:
+    """Train every kind of task, each with real peers.
+
+    Prints what each is scored by before and after, on speakers that nobody trained on.
+    """
+    from p2pasr.demo.every import run_all
+
+    raise typer.Exit(run_all(out))
+
+
 @app.command()
 def corpus(
     out: Annotated[Path, typer.Option(metavar="DIR", help="folder for recordings and labels.json")],
