@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     attacks = kinds.add_parser("attacks", help="how long cheats last, and whether honest peers are ever banned")
     attacks.add_argument("--seeds", type=int, default=200, help="simulated runs of each kind")
     attacks.add_argument("--honest", action="store_true", help="train honest segments again instead")
-    attacks.add_argument("--audits", type=int, default=10_000, help="of honest segments (about 10 minutes)")
+    attacks.add_argument("--audits", type=int, default=10_000, help="of honest segments (10 minutes and more)")
     attacks.add_argument("--real", action="store_true", help="run real peers instead (some minutes an attack)")
     attacks.add_argument("--attacks", nargs="+", default=["sign-flip", "free-rider"], metavar="ATTACK")
     attacks.add_argument("--peers", type=int, default=8, help="of which one cheats")

@@ -35,11 +35,12 @@ from p2pasr.protocol.manifest import RunManifest, VerifySection
 from p2pasr.protocol.messages import NO_TICKET, NO_UNDO, Claim, Signed
 from p2pasr.protocol.state import State, condemn, genesis
 from p2pasr.protocol.strikes import Strike, audit_rate, strike, suspended
+from p2pasr.protocol.tensors import Tensors
 from p2pasr.speech.prepare import Settings, prepare
 from p2pasr.speech.synthetic import write_corpus
 from p2pasr.tasks.base import Checkpoint, SegmentPlan, Task
-from p2pasr.verify.compare import Comparison
-from p2pasr.verify.evidence import compare_ends
+from p2pasr.verify.compare import Comparison, compare
+from p2pasr.verify.evidence import checkpoint_groups
 
 SEGMENTS: Final = 4
 RATES: Final = (1 / 16, 1 / 4, 1.0)
@@ -334,7 +335,7 @@ Trained = tuple[list[bytes], float]
 
 
 def honest(audits: int) -> list[HonestRow]:
-    """Train honest segments of a small LoRA again in every class of hardware that this machine can play.
+    """Train honest segments of the demo's LoRA again in every class of hardware that this machine can play.
 
     Each class trains each segment from the same start, and of each pair one is taken for the author and the other for
     the auditor.
@@ -370,21 +371,20 @@ def honest(audits: int) -> list[HonestRow]:
             for hardware_name, (made, spent) in zip(trainers, trained, strict=True):
                 ends[hardware_name] = made
                 seconds[hardware_name] += spent
+            starts = _read([segment.begin for segment in batch])
+            read = {name: _read(packed) for name, packed in ends.items()}
             for one, other in pairs:
-                for segment, claimed, again in zip(batch, ends[one], ends[other], strict=True):
-                    found[one, other].append(compare_ends(first, segment.begin, claimed, again, manifest))
+                found[one, other] += map(compare, starts, read[one], read[other], itertools.repeat(manifest.verify))
     return [_honest_row(*pair, comparisons, seconds[pair[1]]) for pair, comparisons in found.items()]
 
 
 def _small_run(folder: Path) -> tuple[RunManifest, list[Path]]:
-    """A run of the demo's model whose segments take a tenth of a second, and its shards."""
+    """The demo's run with segments that take a fraction of a second, and its shards."""
     write_corpus(folder / "corpus", dialect="yue", split="train", clips=CLIPS, people=6)
     prepare(folder / "corpus", folder / "shards", Settings(BASE, dialect="yue", clips_per_shard=CLIPS // 8))
     config = demo_config(3)
-    rounds = config.rounds.model_copy(update={"steps_per_segment": 2, "samples_per_step": 2, "shards_per_peer": 1})
-    small = {**config.task.config, "rank": 8, "targets": ["q_proj", "v_proj"]}
-    task = config.task.model_copy(update={"config": small})
-    manifest = runs.new_run(config.model_copy(update={"rounds": rounds, "task": task}), folder / "shards")
+    rounds = config.rounds.model_copy(update={"steps_per_segment": 4, "samples_per_step": 2, "shards_per_peer": 1})
+    manifest = runs.new_run(config.model_copy(update={"rounds": rounds}), folder / "shards")
     return manifest, runs.shard_paths(folder / "shards")
 
 
@@ -406,6 +406,10 @@ def _later(first: State, task: Task, files: Sequence[Path], manifest: RunManifes
     plan = SegmentPlan.of(manifest.rounds, 0, first.digest, "somebody", 0)
     end, _ = task.segment(Checkpoint(first.params), files, replace(plan, steps=40))
     return replace(first, round=4, parent=first.digest, params=end.params)
+
+
+def _read(checkpoints: Iterable[bytes]) -> list[Tensors]:
+    return [checkpoint_groups(packed)[0] for packed in checkpoints]
 
 
 def _honest_row(claimed: str, again: str, comparisons: Sequence[Comparison], seconds: float) -> HonestRow:
