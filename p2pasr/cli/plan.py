@@ -25,9 +25,9 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
-    """Say which tasks and models fit this machine, how to set them, and how long a round takes.
+    """Say what this machine can train.
 
-    Memory is that of weights, gradients, moments and what autograd keeps, traced from the models themselves.
+    Prints which tasks and models fit, how to set them and how long a round takes. Memory is that of weights, gradients, moments and what autograd keeps, traced from the models themselves.
     """
     from dataclasses import replace
 

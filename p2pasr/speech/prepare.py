@@ -147,6 +147,8 @@ def read_index(folder: Path) -> ShardIndex:
             refused=[Refusal(**entry) for entry in content["refused"]],
             done=content["done"],
         )
+        if (index.features is None) != (index.model == ""):
+            raise ValueError("it names a model and no features, or the reverse")
         listed = {shard.digest for shard in index.shards}
         if not all(listed.issuperset(digests) for digests in index.done.values()):
             raise ValueError("it names shards that it does not list")
