@@ -27,7 +27,8 @@ def plan(
 ) -> None:
     """Say what this machine can train.
 
-    Prints which tasks and models fit, how to set them and how long a round takes. Memory is that of weights, gradients, moments and what autograd keeps, traced from the models themselves.
+    Prints which tasks and models fit, how to set them and how long a round takes. Memory is that of weights, gradients,
+    moments and what autograd keeps, traced from the models themselves.
     """
     from dataclasses import replace
 
