@@ -114,6 +114,7 @@ def kept_traces(member: Member) -> dict[int, dict[str, Any]]:
         traces[pending.round] = {
             "claim": pending.claim.hex(),
             "delta": pending.delta.hex(),
+            "average": "",
             "checkpoints": [digest.hex() for digest in pending.checkpoints],
         }
         member.journal.keep_traces(traces)

@@ -124,7 +124,7 @@ class Journal:
         self._write("ticket.json", {"invite": ticket.invite.hex(), "nonce": ticket.nonce})
 
     def traces(self) -> dict[int, dict[str, Any]]:
-        """Round → {claim, delta, checkpoints, average} in hex, as far as they are kept."""
+        """Round → {claim, delta, checkpoints, average} in hex, as far as they are kept; the average is empty where this peer was away."""
         return _read(self.folder / "traces.json", _parse_traces) or {}
 
     def keep_traces(self, traces: dict[int, dict[str, Any]]) -> None:

@@ -124,12 +124,12 @@ def test_no_private_claim_weighs_or_earns_more_than_the_run_counts(stated: list[
     claims = [
         private_claim(n + 1, seconds=s, segments=c) for n, (s, c) in enumerate(zip(stated, segments, strict=False))
     ]
-    assert max(weights(claims, MANIFEST, {})) <= CAP
+    assert max(weights(claims, MANIFEST, {}, {})) <= CAP
     after = advance(STATE, MANIFEST, claims, initial_params(), {})
     for claim in claims:
         assert after.credit[claim.peer] == claim.seconds * claim.segments / 4
         assert after.credit[claim.peer] == trained_seconds(claim, MANIFEST, shard_seconds(MANIFEST))
-    check_attestation(make_attestation(WHO, after), MANIFEST, after.run)
+    check_attestation(make_attestation(WHO, after), view_of(MANIFEST, after))
     assert parse_state(after.blob, MANIFEST, initial_params()).credit == after.credit
 
 
