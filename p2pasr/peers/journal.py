@@ -124,7 +124,7 @@ class Journal:
         self._write("ticket.json", {"invite": ticket.invite.hex(), "nonce": ticket.nonce})
 
     def traces(self) -> dict[int, dict[str, Any]]:
-        """Round → {claim, delta, checkpoints, average} in hex, as far as they are kept; the average is empty where this peer was away."""
+        """Round → {claim, delta, checkpoints, average} in hex, as far as kept; no average of rounds it was away from."""
         return _read(self.folder / "traces.json", _parse_traces) or {}
 
     def keep_traces(self, traces: dict[int, dict[str, Any]]) -> None:
