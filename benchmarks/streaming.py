@@ -23,8 +23,9 @@ import psutil
 from benchmarks.averaging import swarm_of
 from p2pasr.averaging import outer
 from p2pasr.averaging.codec import Decoded, Layout
+from p2pasr.deltas import write_delta
+from p2pasr.member import Member
 from p2pasr.protocol.tensors import Tensors
-from p2pasr.round import Member, write_delta
 
 WIDTH = 1024
 VOCABULARY = 51_865

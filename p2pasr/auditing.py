@@ -60,7 +60,7 @@ from p2pasr.verify.openings import prove_part
 from p2pasr.verify.record import RoundRecord, read_record
 
 if TYPE_CHECKING:
-    from p2pasr.round import Member
+    from p2pasr.member import Member
 
 OPEN_SECONDS: Final = 60.0
 """How long an opening, or one part of a delta, may take."""

@@ -31,7 +31,7 @@ from p2pasr.verify.compare import Comparison
 from p2pasr.verify.evidence import compare_ends
 
 if TYPE_CHECKING:
-    from p2pasr.round import Member
+    from p2pasr.member import Member
 
 CANONICAL: Final = HardwareClass("canonical", "cpu", threads=1, capability="default")
 OURS: Final = "cpu/DEFAULT/1t/"

@@ -27,7 +27,7 @@ from p2pasr.verify.record import RoundRecord, read_record
 from p2pasr.verify.undo import MergedRound, Undo, is_merged, max_undo_bytes, read_undo, undo_of
 
 if TYPE_CHECKING:
-    from p2pasr.round import Member
+    from p2pasr.member import Member
 
 TRIES: Final = 3
 """In how many rounds an undo is computed for a peer that is not banned: where no majority comes together, in vain."""

@@ -10,7 +10,7 @@ from p2pasr.errors import TransportError
 from p2pasr.peers.blobs import file_digest
 
 if TYPE_CHECKING:
-    from p2pasr.round import Member
+    from p2pasr.member import Member
 
 SHARD_SECONDS: Final = 600.0
 """How long one shard may take."""

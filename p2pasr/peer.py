@@ -16,9 +16,11 @@ from types import FrameType, TracebackType
 from typing import Any, Final
 
 from p2pasr import __version__
+from p2pasr.agreeing import hold
 from p2pasr.dialects import run_of
 from p2pasr.errors import LinkDown, LocalError, P2pasrError, RemoteError, TransportError
 from p2pasr.having import provide
+from p2pasr.member import Member
 from p2pasr.peers.blobs import GIBIBYTE, BlobStore, file_digest
 from p2pasr.peers.config import LinkConfig, NodeConfig, is_peer_maddr
 from p2pasr.peers.identity import load_or_create
@@ -31,7 +33,7 @@ from p2pasr.private import check_use, open_private
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.state import State, parse_state
 from p2pasr.report import Report
-from p2pasr.round import Member, hold, run_round
+from p2pasr.round import run_round
 from p2pasr.runs import build_task, default_home, initial_state, read_run, run_folder
 from p2pasr.speech.prepare import read_index
 from p2pasr.speech.pretrained import quiet_libraries

@@ -31,7 +31,7 @@ from p2pasr.protocol.state import State, parse_state
 from p2pasr.verify.record import RoundRecord
 
 if TYPE_CHECKING:
-    from p2pasr.round import Member
+    from p2pasr.member import Member
 
 RETRY_SECONDS: Final = 20.0
 """How long those are asked again that have not finished the round before: they open everything when they have."""

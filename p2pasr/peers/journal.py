@@ -124,7 +124,7 @@ class Journal:
         self._write("ticket.json", {"invite": ticket.invite.hex(), "nonce": ticket.nonce})
 
     def traces(self) -> dict[int, dict[str, Any]]:
-        """Round → {claim, delta, checkpoints, average} in hex, as far as kept; no average of rounds it was away from."""
+        """Round → {claim, delta, checkpoints, average} in hex, as far as kept; "" for an average that it never had."""
         return _read(self.folder / "traces.json", _parse_traces) or {}
 
     def keep_traces(self, traces: dict[int, dict[str, Any]]) -> None:

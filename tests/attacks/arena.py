@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 
 from p2pasr import round as story
+from p2pasr.agreeing import attestations
 from p2pasr.averaging import rules, shares
 from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.group import Members
 from p2pasr.averaging.partfile import PartFile
 from p2pasr.averaging.reducer import PartReducer
+from p2pasr.member import Member, Merged, Work
 from p2pasr.peers import blobs, journal
 from p2pasr.peers.exchange import BlobExchange
 from p2pasr.peers.host import Host
@@ -34,7 +36,6 @@ from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import Receipt, Signed, seal
 from p2pasr.protocol.state import State, genesis, params_digest
 from p2pasr.report import Report
-from p2pasr.round import Member, Merged, Work
 from p2pasr.verify.evidence import Proof, unpack_proof
 from p2pasr.verify.openings import Openings
 from tests.attacks.tiny import TinyTask
@@ -246,7 +247,7 @@ class Arena:
             story.publish_attestation(player.member, result.after)
         for player, result in zip(players, results, strict=True):
             with player.turn():
-                story.audit(player.member, result, tuple(story.attestations(player.member).values()))
+                story.audit(player.member, result, tuple(attestations(player.member).values()))
                 story.settle(player.member, result)
         for number in self.suspended:
             waiting = self.players[number]

@@ -17,6 +17,7 @@ import pytest
 
 from p2pasr import auditing, excision, withholding
 from p2pasr import round as story
+from p2pasr.agreeing import attestations
 from p2pasr.auditing import convict
 from p2pasr.averaging import rules
 from p2pasr.averaging.codec import Layout
@@ -324,7 +325,7 @@ def test_a_banned_key_is_told_so_and_neither_heard_nor_averaged_when_it_comes_ag
     with pytest.raises(Ignore, match="was banned in round 1"):
         check_claim(work.claim.message, other.view)
     story.publish_attestation(out.member, out.member.state)
-    assert out.peer not in story.attestations(other)
+    assert out.peer not in attestations(other)
     swarm.play(2)
     assert out.peer not in {claim.message.peer for claim in last_record(swarm, 1).members}
 
@@ -386,7 +387,7 @@ def test_a_suspended_peer_is_told_so_and_takes_no_part_until_its_suspension_ends
     hurried.setattr(story, "overtaken", lambda _member: False)
     assert story.is_suspended(out.member)
     story.publish_attestation(out.member, out.member.state)
-    assert out.peer not in story.attestations(other)
+    assert out.peer not in attestations(other)
     with pytest.raises(Ignore, match="is suspended until round 6"):
         check_claim(replace(out.work.claim.message, round=4, state=other.state.digest,
             shards=other.view.assigned(out.peer), strikes=()), other.view)  # fmt: skip
@@ -561,7 +562,7 @@ def test_nobody_hears_a_stranger_whose_invite_is_no_good(arena: MakeArena, spoil
         claim_alone(stranger)
         story.publish_attestation(stranger.member, stranger.member.state)
         assert (stranger.peer in other.records.claims(other.view)) == heard
-        assert (stranger.peer in story.attestations(other)) == heard
+        assert (stranger.peer in attestations(other)) == heard
         assert (stranger.peer in other.in_our_round(other.records.roster(other.cohort))) == heard
 
 
@@ -576,7 +577,7 @@ def test_a_member_that_invites_without_end_brings_no_more_votes_than_guests(aren
         story.publish_attestation(stranger.member, stranger.member.state)
     members = {player.peer for player in swarm.players[:PEERS]}
     assert len(other.records.claims(other.view).keys() - members) == 2
-    assert len(story.attestations(other).keys() - members) == 2
+    assert len(attestations(other).keys() - members) == 2
     assert len(other.in_our_round(other.records.roster(other.cohort)).keys() - members) == 2
     swarm.play(1)
     assert len(swarm.state.guests) == 2

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from p2pasr import round as story
 from p2pasr.auditing import check_on_probe, judge_of
 from p2pasr.errors import P2pasrError, Reject, TransportError
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.messages import seal
-from p2pasr.protocol.rules import check_claim
+from p2pasr.protocol.rules import RoundView, check_claim
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.verify import openings
 from p2pasr.verify.evidence import ProbeProof, pack_proof
@@ -141,7 +140,7 @@ def test_more_audio_than_the_run_counts_is_refused_and_less_is_what_it_weighs(ar
     assert claim.seconds == 100.0, "two shards of 60 s each count for no more than that"
     assert set(swarm.state.credit.values()) == {100.0}
     boast = replace(claim, seconds=101.0)
-    view = story.RoundView(swarm.manifest, claim.run, claim.round, claim.state, {}, {}, {})
+    view = RoundView(swarm.manifest, claim.run, claim.round, claim.state, {}, {}, {})
     check_claim(claim, view)
     with pytest.raises(Reject, match="states 101 s of private audio; a claim counts for 1 to 100"):
         check_claim(boast, view)

@@ -16,6 +16,7 @@ from p2pasr import auditing, canonical, runs
 from p2pasr.auditing import Opened, conclude_segment
 from p2pasr.canonical import settle, train_canonically
 from p2pasr.errors import LocalError
+from p2pasr.member import Member
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.peers.journal import Journal
 from p2pasr.protocol.audits import Duty
@@ -23,7 +24,6 @@ from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.signing import short
 from p2pasr.report import Report
-from p2pasr.round import Member
 from p2pasr.tasks import Checkpoint, SegmentPlan
 from p2pasr.verify.compare import Comparison
 from p2pasr.verify.evidence import Opening, compare_ends

@@ -14,6 +14,7 @@ from p2pasr import observer
 from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.merkle import Tree, part_digests
 from p2pasr.errors import TransportError
+from p2pasr.member import Member
 from p2pasr.observer import Line, Look, check_round, line_of, open_rounds
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.peers.journal import Journal
@@ -22,7 +23,6 @@ from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.messages import Claim, seal, unseal
 from p2pasr.protocol.state import State, advance
 from p2pasr.report import Report
-from p2pasr.round import Member
 from p2pasr.tasks import Checkpoint
 from p2pasr.verify.evidence import Judge, reduce_again, unpack_proof
 from p2pasr.verify.record import RoundRecord

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 
 from p2pasr.averaging.codec import Layout
+from p2pasr.deltas import largest_values
 from p2pasr.errors import LocalError, TransportError
+from p2pasr.member import Member, Work
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.peers.journal import Journal
 from p2pasr.peers.records import Records
 from p2pasr.protocol.encoding import pack
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.report import Report
-from p2pasr.round import Member, Work, average, commit, largest_values
+from p2pasr.round import average, commit
 from p2pasr.tasks import Bounded, Checkpoint
 from p2pasr.verify.trace import Trace
 

@@ -11,8 +11,12 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from p2pasr import round as module
+from p2pasr import agreeing
+from p2pasr import cohort_mix as module
+from p2pasr.agreeing import hold
+from p2pasr.cohort_mix import Contribution, agree_on_mix, catch_up, mix_cohorts
 from p2pasr.errors import TransportError
+from p2pasr.member import Member
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.peers.journal import Journal
 from p2pasr.protocol.cohorts import EVERYBODY, MAX_BITS, Cohort, cohort_of
@@ -20,7 +24,7 @@ from p2pasr.protocol.messages import Attestation, Mix, Roster, Signed, seal
 from p2pasr.protocol.mixing import NO_CHOICE, Tally
 from p2pasr.protocol.state import State, advance
 from p2pasr.report import Report
-from p2pasr.round import Contribution, Member, agree_on_mix, catch_up, hold, mix_cohorts, sync
+from p2pasr.round import sync
 
 from .builders import (
     digest_of,
@@ -136,8 +140,9 @@ def make_member(
     store: BlobStore, journal: Journal, directory: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> MakeMember:
     """A peer of the first half that holds some state of its line."""
-    monkeypatch.setattr(module, "FIRST_POLL_SECONDS", 0.0)
-    monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(agreeing, "FIRST_POLL_SECONDS", 0.0)
+    for each in (agreeing, module):
+        monkeypatch.setattr(each, "POLL_SECONDS", 0.0)
 
     def make(rounds: int = 4, **changes: Any) -> Member:
         fields = {

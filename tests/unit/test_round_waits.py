@@ -11,24 +11,16 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from p2pasr.agreeing import POLL_SECONDS, attest, between_looks, hold, tell_what_is_left
 from p2pasr.errors import TransportError
+from p2pasr.member import Averaged, Member
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.peers.journal import Journal
 from p2pasr.protocol.agreement import agree
 from p2pasr.protocol.messages import Attestation, Claim, Roster, Signed, seal
 from p2pasr.protocol.state import State, advance
 from p2pasr.report import Report
-from p2pasr.round import (
-    POLL_SECONDS,
-    Averaged,
-    Member,
-    attest,
-    between_looks,
-    hold,
-    ready_to_train,
-    tell_what_is_left,
-    wait_for_claims,
-)
+from p2pasr.round import ready_to_train, wait_for_claims
 
 from .builders import (
     initial_params,
@@ -163,7 +155,7 @@ def test_a_peer_does_not_wait_for_votes_when_the_others_have_agreed_on_another_r
 def test_half_of_a_rounds_peers_do_not_keep_a_peer_from_waiting_for_the_others(
     member: Member, directory: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("p2pasr.round.QUORUM_SECONDS", 0.0)
+    monkeypatch.setattr("p2pasr.agreeing.QUORUM_SECONDS", 0.0)
     for who in (ANNE, BEN):
         directory.finish(who)
     with pytest.raises(TransportError, match="no quorum within"):
@@ -182,7 +174,7 @@ def test_a_result_that_more_than_half_of_a_rounds_peers_attest_is_committed(
 def test_two_groups_of_one_round_that_did_not_expect_each_other_do_not_both_commit(
     member: Member, directory: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("p2pasr.round.QUORUM_SECONDS", 0.0)
+    monkeypatch.setattr("p2pasr.agreeing.QUORUM_SECONDS", 0.0)
     ours = after_first(0.25)
     directory.wait(EVE, ours)
     for who in (ANNE, BEN):

@@ -10,12 +10,13 @@ import pytest
 
 from p2pasr import tickets
 from p2pasr.errors import LocalError
+from p2pasr.member import Member
 from p2pasr.peers.journal import Journal
 from p2pasr.protocol.admission import TooEarly, has_worked
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import NO_TICKET, Invite, Ticket, seal
 from p2pasr.report import Report
-from p2pasr.round import Member, check_admitted
+from p2pasr.round import check_admitted
 from p2pasr.tickets import invite_text, make_ticket
 
 from .builders import digest_of, make_identity, make_manifest, make_state

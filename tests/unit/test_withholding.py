@@ -12,13 +12,15 @@ import pytest
 
 from p2pasr import round as story
 from p2pasr import withholding
+from p2pasr.agreeing import hold
 from p2pasr.auditing import kept_traces, note_strike, offer
+from p2pasr.member import Member
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.peers.journal import Journal, Pending
 from p2pasr.protocol.messages import seal
 from p2pasr.protocol.state import State
 from p2pasr.report import Report
-from p2pasr.round import Member, hold, is_suspended, run_round, struck
+from p2pasr.round import is_suspended, run_round, struck
 
 from .builders import initial_params, make_claim, make_identity, make_manifest, make_roster, make_state
 
