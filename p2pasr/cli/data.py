@@ -32,6 +32,9 @@ def prepare(
         float | None, typer.Option(help="longest clip; the model's own window if not given")
     ] = None,
     clips_per_shard: Annotated[int, typer.Option(min=1, help="rows of the input in one shard")] = 64,
+    variants: Annotated[
+        int, typer.Option(min=0, max=9, help="variants of each recording: other pace, room, noise, loudness")
+    ] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="stop at the first recording that is refused")] = False,
 ) -> None:
     """Make shards of log-mels and token ids.
@@ -40,7 +43,7 @@ def prepare(
     with "speaker" and "dialect" where known, or metadata.csv with the same columns.
 
     Recordings that are too short, too long, silent, clipped or unreadable are left out and listed.
-    An interrupted call goes on where it stopped.
+    An interrupted call goes on where it stopped. Prepare held-out recordings without variants.
     """
     from p2pasr.speech.prepare import Settings
     from p2pasr.speech.prepare import prepare as prepare_shards
@@ -51,6 +54,7 @@ def prepare(
         window_seconds=window_seconds,
         clips_per_shard=clips_per_shard,
         strict=strict,
+        variants=variants,
     )
     console = Console(soft_wrap=True, highlight=False, markup=False)
     with progress_bar("preparing recordings") as on_progress:

@@ -23,6 +23,7 @@ from p2pasr.speech.mel import log_mel
 from p2pasr.speech.pretrained import Frontend, frontend
 from p2pasr.speech.shards import Clip, Features, pack_shard, speaker_hash
 from p2pasr.speech.text import label_ids
+from p2pasr.speech.variants import variant
 
 INDEX = "index.json"
 MAX_DIALECT = 64
@@ -88,6 +89,7 @@ class Settings:
         window_seconds: a window shorter than the model's own; None for its whole.
         clips_per_shard: clips in a shard, refused ones included.
         strict: stop at the first clip that is refused.
+        variants: variants of each recording that are made besides it, see :mod:`p2pasr.speech.variants`.
     """
 
     model: str
@@ -96,6 +98,7 @@ class Settings:
     window_seconds: float | None = None
     clips_per_shard: int = 64
     strict: bool = False
+    variants: int = 0
 
 
 @dataclass(slots=True)
@@ -186,7 +189,8 @@ def prepare(
     features = Features(int(part.extractor.feature_size), part.window_seconds, part.vocabulary)
     previous = read_index(out) if (out / INDEX).is_file() else None
     index = ShardIndex(settings.model, features)
-    jobs = {_source_key(source, batch, features): batch for batch in _batches(rows, settings.clips_per_shard)}
+    batches = _batches(rows, max(1, settings.clips_per_shard // (1 + settings.variants)))
+    jobs = {_source_key(source, batch, features, settings.variants): batch for batch in batches}
     finished = 0
     if previous is not None and previous.features == features:
         finished = _keep_finished(previous, jobs, index, out, settings.strict)
@@ -281,9 +285,10 @@ def _batches(rows: list[Row], size: int) -> Iterator[tuple[Row, ...]]:
             yield tuple(of_dialect[start : start + size])
 
 
-def _source_key(source: Path, batch: tuple[Row, ...], features: Features) -> str:
+def _source_key(source: Path, batch: tuple[Row, ...], features: Features, variants: int) -> str:
     stamps = [(asdict(row), _stamp(source / row.audio)) for row in batch]
-    return blob_digest(json.dumps([stamps, asdict(features)]).encode()).hex()
+    made = [variants] if variants else []  # so that folders that were prepared before there were any go on
+    return blob_digest(json.dumps([stamps, asdict(features), *made]).encode()).hex()
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -353,7 +358,7 @@ def _make_shard(batch: tuple[Row, ...], source: Path, out: Path, settings: Setti
     refused: list[Refusal] = []
     for row in batch:
         try:
-            clips.append(_make_clip(row, source, part, salt))
+            clips += _make_clips(row, source, part, salt, settings.variants)
         except RefusedClip as error:
             if settings.strict:
                 raise LocalError(f"row {row.number}, {row.audio}: {error}") from error
@@ -377,20 +382,25 @@ def write_shard(out: Path, clips: Sequence[Clip], dialect: str, data: bytes) -> 
     return entry
 
 
-def _make_clip(row: Row, source: Path, part: Frontend, salt: bytes) -> Clip:
+def _make_clips(row: Row, source: Path, part: Frontend, salt: bytes, variants: int) -> list[Clip]:
+    """The clip of a recording, and those of its variants."""
     if not row.text:
         raise RefusedClip("its transcript is empty")
-    audio = read_clip(source / row.audio, ClipLimits(part.window_seconds))
+    recording = read_clip(source / row.audio, ClipLimits(part.window_seconds))
     tokens = label_ids(part.tokenizer, row.text, row.dialect)
     longest = int(part.config.max_target_positions)
     if len(tokens) > longest:
         raise RefusedClip(f"its transcript is {len(tokens)} tokens long and the model writes at most {longest}")
-    return Clip(
-        mel=log_mel(audio, part.extractor),
-        tokens=tuple(tokens),
-        seconds=len(audio) / part.extractor.sampling_rate,
-        speaker=speaker_hash(row.speaker, salt) if row.speaker else bytes(8),
-    )
+    seeds = [f"{row.audio} {number}".encode() for number in range(variants)]
+    return [
+        Clip(
+            mel=log_mel(audio, part.extractor),
+            tokens=tuple(tokens),
+            seconds=len(audio) / part.extractor.sampling_rate,
+            speaker=speaker_hash(row.speaker, salt) if row.speaker else bytes(8),
+        )
+        for audio in (recording, *(variant(recording, seed, part.window_seconds) for seed in seeds))
+    ]
 
 
 @lru_cache(maxsize=1)
