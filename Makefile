@@ -30,6 +30,7 @@ attacks: $(VENV)/.dev
 	$(BIN)/python -m benchmarks attacks --honest
 	$(BIN)/python -m benchmarks excision
 	$(BIN)/python -m benchmarks attacks --real
+	$(BIN)/python -m benchmarks attacks --harm
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks averaging

@@ -78,7 +78,10 @@ def _links(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _attacks(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    from benchmarks.attacks import honest, real, simulate
+    from benchmarks.attacks import harm, honest, real, simulate
+
+    if arguments.harm:
+        return [asdict(row) for row in harm()]
 
     if arguments.real:
         return [asdict(row) for row in real(arguments.attacks, arguments.peers, arguments.rate)]
@@ -157,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     attacks.add_argument("--honest", action="store_true", help="train honest segments again instead")
     attacks.add_argument("--audits", type=int, default=10_000, help="of honest segments (10 minutes and more)")
     attacks.add_argument("--real", action="store_true", help="run real peers instead (some minutes an attack)")
+    attacks.add_argument("--harm", action="store_true", help="what two cheats do to a run of six honest peers instead")
     attacks.add_argument("--attacks", nargs="+", default=["sign-flip", "free-rider"], metavar="ATTACK")
     attacks.add_argument("--peers", type=int, default=8, help="of which one cheats")
     attacks.add_argument("--rate", type=float, default=1.0, help="verify.rate of real runs")

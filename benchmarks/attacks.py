@@ -26,7 +26,7 @@ import base58
 
 from benchmarks.swarm import RUN_SECONDS
 from p2pasr import calibration, runs
-from p2pasr.demo.fleet import Event, Fleet, Process
+from p2pasr.demo.fleet import PEER, Event, Fleet, Process
 from p2pasr.demo.swarm import demo_config, prepare_speech
 from p2pasr.errors import TransportError
 from p2pasr.protocol.audits import detection_probability, draw_auditors, segments_to_rerun
@@ -450,6 +450,102 @@ def real(attacks: Sequence[str], peers: int, rate: float) -> list[RealRow]:
         folder = Path(name)
         prepare_speech(folder)
         return [_real(folder, attack, peers, rate) for attack in attacks]
+
+
+HOSTILE: Final = ("sign-flip", "free-rider")
+"""Who joins six honest peers in :func:`harm`: one sends ten times its delta with the other sign, one trains nothing."""
+
+HONEST: Final = 6
+HARM_ROUNDS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class HarmRow:
+    """What cheats do to a run's model.
+
+    Attributes:
+        hostile: how many of the peers cheat, as :data:`HOSTILE` says.
+        defended: with audits, clipping and the bound on moves, as by default; without, nobody checks anything.
+        banned: of those that cheat; `honest_banned`: of the others.
+        cer_before, cer_after: on held-out speakers, of the first and the last state.
+    """
+
+    honest: int
+    hostile: int
+    defended: bool
+    rounds: int
+    banned: int
+    honest_banned: int
+    cer_before: float
+    cer_after: float
+    seconds: float
+
+
+def harm() -> list[HarmRow]:
+    """The same run without cheats, with them, and with them where nobody checks anything.
+
+    Raises:
+        TransportError: an honest peer failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="p2pasr-bench-") as name:
+        folder = Path(name)
+        prepare_speech(folder)
+        return [
+            _harm(folder, hostile, defended) for hostile, defended in (((), True), (HOSTILE, True), (HOSTILE, False))
+        ]
+
+
+def _harm(folder: Path, hostile: Sequence[str], defended: bool) -> HarmRow:
+    began = time.monotonic()
+    config = demo_config(HONEST)
+    rounds = {"rounds": HARM_ROUNDS, "segments": 2, "steps_per_segment": 6, "shards_per_peer": 2, "min_peers": HONEST}
+    verify = {"rate": 1.0} if defended else {"rate": 0.0, "links": 0.0, "parts": 0}
+    averaging = config.averaging
+    if not defended:
+        averaging = averaging.model_copy(update={"rule": averaging.rule.model_copy(update={"clip_norm": None})})
+    update = {
+        "rounds": config.rounds.model_copy(update=rounds),
+        "verify": config.verify.model_copy(update=verify),
+        "averaging": averaging,
+    }
+    manifest = runs.new_run(config.model_copy(update=update), folder / "shards")
+    home = folder / f"{len(hostile)}-{defended}"
+    home.mkdir()
+    manifest.write(home / "run.json")
+    data = ("--seed-data", str(folder / "shards"))
+    adversary = (sys.executable, "-m", "tests.attacks.adversary")
+    with Fleet(home) as fleet:
+        entry = [fleet.bootstrap().maddr]
+        command = PEER if defended else (*adversary, "trusting")
+        good = [
+            fleet.peer(f"peer-{number}", home / "run.json", *data, initial_peers=entry, command=command)
+            for number in range(1, HONEST + 1)
+        ]
+        bad = [
+            fleet.peer(attack, home / "run.json", *data, initial_peers=entry, command=(*adversary, attack))
+            for attack in hostile
+        ]
+        for process in good:
+            if process.wait(2 * RUN_SECONDS) != 0:
+                raise TransportError(f"{process.name} failed: {process.last_words()}")
+        cheats = {str(process.wait_for("ready")["peer"]) for process in bad}
+    banned = {peer for process in good for event in process.seen("round") for peer in event["banned"]}
+    saved = runs.open_run(str(home / "run.json"), home / "peer-1")
+    task = runs.build_task(manifest)
+    last = saved.state(None, task.initial_params())
+    held_out = runs.shard_paths(folder / "held-out")
+    before, after = (task.evaluate(params, held_out)["cer"] for params in (None, last.params))
+    return HarmRow(
+        honest=HONEST,
+        hostile=len(hostile),
+        defended=defended,
+        rounds=last.round,
+        banned=len(banned & cheats),
+        honest_banned=len(banned - cheats),
+        cer_before=before,
+        cer_after=after,
+        seconds=time.monotonic() - began,
+    )
 
 
 def _real(folder: Path, attack: str, peers: int, rate: float) -> RealRow:

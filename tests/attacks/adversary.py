@@ -310,6 +310,12 @@ def demo_cheat(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(story, "check_last_round", cheat.check_last_round)
 
 
+def trusting(patch: pytest.MonkeyPatch) -> None:
+    """No attack: an honest peer that takes parts however far their values went, for controls without defences."""
+    patch.setattr(story, "largest_values", lambda _member: None)
+    patch.setattr(story, "check_moves", lambda *_: None)
+
+
 ATTACKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "demo-cheat": demo_cheat,
     "false-accuser": false_accuser,
@@ -322,6 +328,7 @@ ATTACKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "sign-flip": scaled(-10),
     "slanderer": slanderer,
     "skipped-step": trains(one_step_less),
+    "trusting": trusting,
     "withheld": withheld,
     "zero-delta": trains(nothing_at_all),
 }
