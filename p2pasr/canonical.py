@@ -107,7 +107,7 @@ def check_settles(member: Member) -> None:
     task = member.manifest.task
     if task.kind not in tasks.KINDS:
         raise LocalError(f"a task of the kind {task.kind!r} cannot be built in a process of the canonical class")
-    if (task.config.get("precision"), task.config.get("quantise")) != ("fp32", "none"):
+    if task.config.get("precision") != "fp32" or task.config.get("quantise", "none") != "none":
         raise LocalError("only tasks in fp32 are trained again in the canonical class")
     if task.config.get("optimizer") == "adamw8bit":
         raise LocalError("adamw8bit needs a GPU, and the canonical class is a CPU")
