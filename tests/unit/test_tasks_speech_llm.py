@@ -116,6 +116,13 @@ def test_the_first_stage_trains_the_projector_and_the_second_adapters_besides(ma
     assert all(two[name].any() for name in adapters if "lora_A" in name)
 
 
+@pytest.mark.parametrize("stage", ["projector", "adapters"])
+def test_only_what_is_trained_takes_gradients(make_llm: Make, stage: str) -> None:
+    task = make_llm(stage=stage)
+
+    assert {id(p) for p in task.model.parameters() if p.requires_grad} == {id(p) for p in task.trained.values()}
+
+
 def test_another_seed_draws_another_start(make_llm: Make) -> None:
     one, other = make_llm(stage="adapters").initial_params(), make_llm(stage="adapters", seed=2).initial_params()
 
@@ -144,6 +151,14 @@ def test_only_the_transcript_and_its_end_are_learned(hearing: SpeechLlmTask, sha
 
         assert float(hearing.loss([clip])) == pytest.approx(by_hand, rel=1e-5)
     assert hearing.weight(clip) == len(target)
+
+
+def test_a_clip_is_heard_at_its_true_length(hearing: SpeechLlmTask, shard_files: Shards) -> None:
+    clips = hearing.examples(shard_files)
+    lengths = [len(sound) for sound in hearing._hear(clips, augment=False)]
+
+    assert lengths == [-(-clip.mel.shape[1] // 16) for clip in clips]
+    assert len(set(lengths)) > 1
 
 
 def test_clips_lose_together_what_they_lose_alone(hearing: SpeechLlmTask, shard_files: Shards) -> None:
@@ -232,9 +247,11 @@ def test_a_gpt_can_learn_to_hear_too(make_llm: Make, language_model: Path, shard
     )
     task = make_llm(language_model=str(tmp_path))
     end, _ = trained(task, shard_files, segments=1)
+    clips = task.examples(shard_files)
 
     assert task.drops_out()  # as GPT-2 does
     assert task.evaluate(end.params, shard_files[:1])["clips"] == 8
+    assert task.transcripts(clips) == [task.transcripts([clip])[0] for clip in clips]  # its positions are absolute
 
 
 # --- what is exported ---------------------------------------------------------------------------
