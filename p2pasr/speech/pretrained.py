@@ -16,7 +16,7 @@ from blake3 import blake3
 from p2pasr.errors import LocalError
 
 if TYPE_CHECKING:
-    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperTokenizer
+    from transformers import PreTrainedTokenizerBase, WhisperConfig, WhisperFeatureExtractor, WhisperTokenizer
 
 BUNDLED = {"p2pasr/demo-base": Path(__file__).parent.parent / "demo" / "base"}
 """Models that come with this package, by the name that manifests call them."""
@@ -32,6 +32,8 @@ NEEDED_FILES = {
     "Wav2Vec2ForCTC": WEIGHT_FILES,
     "HubertForCTC": WEIGHT_FILES,
     "Wav2Vec2BertForCTC": WEIGHT_FILES,
+    "AutoModelForCausalLM": WEIGHT_FILES,
+    "AutoTokenizer": ("tokenizer.json", "vocab.json", "tokenizer.model"),
 }
 """transformers class → the files of which its folder needs one. Without some it takes defaults and says nothing."""
 
@@ -118,7 +120,7 @@ def frontend(model: str, revision: str | None = None, window_seconds: float | No
     window = math.ceil(round(wanted * POSITIONS_A_SECOND, 6)) / POSITIONS_A_SECOND
     extractor.n_samples = round(window * extractor.sampling_rate)
     extractor.nb_max_frames = extractor.n_samples // extractor.hop_length
-    return Frontend(config, extractor, tokenizer, window, _vocabulary_digest(tokenizer))
+    return Frontend(config, extractor, tokenizer, window, vocabulary_digest(tokenizer))
 
 
 def weights_digest(model: str, revision: str | None = None) -> str:
@@ -130,21 +132,25 @@ def weights_digest(model: str, revision: str | None = None) -> str:
         LocalError: no weight file is found, or an index names one that is not there.
     """
     for name in WEIGHT_FILES:
-        path = _weight_file(model, name, revision)
+        path = weight_file(model, name, revision)
         if path is None:
             continue
         if path.suffix != ".json":
-            return _file_digest(path)
-        parts = [(part, _weight_file(model, part, revision)) for part in _named_by(path)]
+            return file_digest(path)
+        parts = [(part, weight_file(model, part, revision)) for part in _named_by(path)]
         if missing := [part for part, found in parts if found is None]:
             raise LocalError(f"the weights of {model!r} lack {', '.join(missing)}, which {name} names; get it again")
-        lines = [f"{_file_digest(found)}\t{part}\n" for part, found in parts if found]
+        lines = [f"{file_digest(found)}\t{part}\n" for part, found in parts if found]
         return str(blake3("".join(lines).encode()).hexdigest())
     raise LocalError(f"{local_folder(model) or model} holds no weights (one of {', '.join(WEIGHT_FILES)})")
 
 
-def _weight_file(model: str, name: str, revision: str | None) -> Path | None:
-    """A file of a model's folder or, downloaded if need be, of its hub repository; None if it has no such file."""
+def weight_file(model: str, name: str, revision: str | None) -> Path | None:
+    """A file of a model's folder or, downloaded if need be, of its hub repository; None if it has no such file.
+
+    Raises:
+        LocalError: the model is neither a folder nor a hub id, or its file can be had neither here nor there.
+    """
     folder = local_folder(model)
     if folder is not None:
         return folder / name if (folder / name).is_file() else None
@@ -202,13 +208,15 @@ def _unusable(model: str, reason: str) -> LocalError:
     )
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Hex BLAKE3 of a file."""
     hasher = blake3(max_threads=blake3.AUTO)
     hasher.update_mmap(path)
     return str(hasher.hexdigest())
 
 
-def _vocabulary_digest(tokenizer: WhisperTokenizer) -> str:
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hex BLAKE3 of a tokenizer's vocabulary: equal ones give equal ids the same meaning."""
     hasher = blake3()
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         hasher.update(f"{index}\t{token}\n".encode())

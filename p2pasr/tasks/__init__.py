@@ -19,6 +19,7 @@ KINDS = {
     "student": "p2pasr.tasks.student",
     "distill": "p2pasr.tasks.distill",
     "features": "p2pasr.tasks.features",
+    "llm": "p2pasr.tasks.speech_llm",
 }
 """The `task.kind` values of a manifest, and the module of each: it has CONFIG, a pydantic model, and TASK, a class that
 is made from one and checks shards, and pins what a configuration leaves open."""

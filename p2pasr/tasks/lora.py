@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from p2pasr.errors import LocalError
 from p2pasr.protocol.encoding import digest
@@ -23,21 +23,25 @@ if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration
 
 
-class LoraTaskConfig(WhisperTaskConfig):
-    """The `task.config` section of a manifest whose task is `lora`."""
+class AdapterSettings(BaseModel):
+    """What the `task.config` sections of tasks with adapters share."""
 
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     targets: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("q_proj", "v_proj")
     """Names of the linear layers that get an adapter."""
-    average: Literal["factors", "frozen-a"] = "factors"
-    """`factors` trains and averages A and B, which is close to but not the average of BA. `frozen-a`
-    shares one A drawn from the run's seed and trains B: an exact average and half the bytes."""
-
     quantise: Literal["none", "8bit", "4bit"] = "none"
     """Store the frozen base in 8 bits (LLM.int8) or 4 (NF4) through bitsandbytes."""
     gradient_checkpointing: bool = False
+
+
+class LoraTaskConfig(AdapterSettings, WhisperTaskConfig):
+    """The `task.config` section of a manifest whose task is `lora`."""
+
+    average: Literal["factors", "frozen-a"] = "factors"
+    """`factors` trains and averages A and B, which is close to but not the average of BA. `frozen-a`
+    shares one A drawn from the run's seed and trains B: an exact average and half the bytes."""
 
 
 class LoraTask(WhisperTask):
@@ -52,7 +56,7 @@ class LoraTask(WhisperTask):
     def __init__(self, config: LoraTaskConfig, seed: int, device: str = "cpu", model: str | None = None) -> None:
         super().__init__(config, seed, device, model)
         self.model = self._build()
-        self._adapters = _adapters(self.model)
+        self._adapters = adapters_of(self.model)
         frozen = self._initial("lora_A") if config.average == "frozen-a" else {}
         self.trained = self._adapters
         self.set_params(frozen)
@@ -93,13 +97,11 @@ class LoraTask(WhisperTask):
         write_notes(out, {**self.notes(about), "lora": lora})
 
     def _build(self) -> Any:
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+        from peft import prepare_model_for_kbit_training
         from transformers import WhisperForConditionalGeneration
 
         config = self.config
-        options: dict[str, Any] = {"dtype": torch.float32}
-        if config.quantise != "none":
-            options = {"quantization_config": _quantisation(config.quantise), "device_map": {"": self.device}}
+        options = storage(config.quantise, self.device)
         model = load(WhisperForConditionalGeneration, self.source, config.revision, **options)
         model.name_or_path = model.config.name_or_path = config.model  # what exports name, not where it lies here
         shorten(model, self.frames)
@@ -109,33 +111,64 @@ class LoraTask(WhisperTask):
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        _check_targets(model, config)
-        return get_peft_model(
-            model,
-            LoraConfig(  # task_type stays unset: SEQ_2_SEQ_LM and FEATURE_EXTRACTION break Whisper's forward
-                r=config.rank,
-                lora_alpha=config.alpha,
-                lora_dropout=config.dropout,
-                target_modules=list(config.targets),
-                bias="none",
-            ),
-        )
+        # no task type: SEQ_2_SEQ_LM and FEATURE_EXTRACTION break Whisper's forward
+        return with_adapters(model, config, config.model)
 
     def _initial(self, marker: str) -> Tensors:
-        out: Tensors = {}
-        for name, parameter in self._adapters.items():
-            if marker not in name:
-                continue
-            shape = tuple(parameter.shape)
-            if "lora_A" in name:
-                key = digest("lora-a", self.seed.to_bytes(8, "big") + name.encode())
-                out[name] = uniform(shape, 1 / math.sqrt(shape[1]), key)
-            else:
-                out[name] = np.zeros(shape, dtype=np.float32)
-        return out
+        return initial_adapters({name: p for name, p in self._adapters.items() if marker in name}, self.seed)
 
 
-def _adapters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def storage(quantise: str, device: torch.device) -> dict[str, Any]:
+    """Options by which `from_pretrained` keeps a frozen base in float32, or in 8 or 4 bits on the device."""
+    if quantise == "none":
+        return {"dtype": torch.float32}
+    return {"quantization_config": _quantisation(quantise), "device_map": {"": device}}
+
+
+def with_adapters(model: torch.nn.Module, config: AdapterSettings, name: str, task_type: str | None = None) -> Any:
+    """A frozen model with adapters in some of its linear layers.
+
+    Args:
+        name: what people call the model.
+        task_type: peft's, for its exports.
+
+    Raises:
+        LocalError: a target matches no layer.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    _check_targets(model, config.targets, name)
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=list(config.targets),
+            bias="none",
+            task_type=task_type,
+        ),
+    )
+
+
+def initial_adapters(adapters: Mapping[str, torch.nn.Parameter], seed: int) -> Tensors:
+    """A as peft draws it (uniform within 1/√fan-in, from the run's seed), B zero.
+
+    Args:
+        adapters: as :func:`adapters_of` gives them.
+    """
+    out: Tensors = {}
+    for name, parameter in adapters.items():
+        shape = tuple(parameter.shape)
+        if "lora_A" in name:
+            key = digest("lora-a", seed.to_bytes(8, "big") + name.encode())
+            out[name] = uniform(shape, 1 / math.sqrt(shape[1]), key)
+        else:
+            out[name] = np.zeros(shape, dtype=np.float32)
+    return out
+
+
+def adapters_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The adapters' parameters by short name, in ascending order."""
     found = {
         name.removeprefix("base_model.model.").replace(".default.", "."): parameter
@@ -145,13 +178,13 @@ def _adapters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return dict(sorted(found.items()))
 
 
-def _check_targets(model: torch.nn.Module, config: LoraTaskConfig) -> None:
+def _check_targets(model: torch.nn.Module, targets: Sequence[str], name: str) -> None:
     names = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     known = sorted({name.rpartition(".")[2] for name in names})
-    for target in config.targets:
+    for target in targets:
         if target not in known:
             raise LocalError(
-                f"task.config.targets: {target!r} is no linear layer of {config.model!r}; it has {', '.join(known)}"
+                f"task.config.targets: {target!r} is no linear layer of {name!r}; it has {', '.join(known)}"
             )
 
 

@@ -147,8 +147,12 @@ class WhisperTask(GradientTask[Clip]):
         if params is not None:
             self.set_params(params)
         with self.untrained() if params is None else nullcontext():
-            heard = transcribe(self.whisper, tokenizer, clips, self.frames, on_progress=on_progress)
+            heard = self.transcripts(clips, on_progress)
         return error_rates(wanted, heard).as_dict()
+
+    def transcripts(self, clips: Sequence[Clip], on_progress: OnProgress | None = None) -> list[str]:
+        """Greedy transcripts of clips, in their order."""
+        return transcribe(self.whisper, self.frontend.tokenizer, clips, self.frames, on_progress=on_progress)
 
     def notes(self, about: Mapping[str, Any]) -> dict[str, Any]:
         """What goes beside an exported model, for a model's folder cannot say it."""
@@ -278,14 +282,18 @@ def collate(clips: Sequence[Clip], frames: int, pad_id: int) -> Batch:
         pad_id: fills the decoder's input behind shorter transcripts.
     """
     longest = max(len(clip.tokens) for clip in clips) - 1
-    features = np.stack([restore(clip.mel, frames) for clip in clips]).astype(np.float32)
     inputs = torch.full((len(clips), longest), pad_id, dtype=torch.int64)
     labels = torch.full((len(clips), longest), IGNORED, dtype=torch.int64)
     for row, clip in enumerate(clips):
         tokens = torch.tensor(clip.tokens, dtype=torch.int64)
         inputs[row, : len(tokens) - 1] = tokens[:-1]
         labels[row, : len(tokens) - 1] = tokens[1:]
-    return Batch(torch.from_numpy(features), inputs, labels)
+    return Batch(padded(clips, frames), inputs, labels)
+
+
+def padded(clips: Sequence[Clip], frames: int) -> Tensor:
+    """The features of clips, padded as the model takes them: float32, (batch, n_mels, frames)."""
+    return torch.from_numpy(np.stack([restore(clip.mel, frames) for clip in clips]).astype(np.float32))
 
 
 def token_losses(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -325,8 +333,7 @@ def transcribe(
     for prefix, members in by_prefix.items():
         for start in range(0, len(members), batch_size):
             chosen = members[start : start + batch_size]
-            features = np.stack([restore(clips[index].mel, frames) for index in chosen]).astype(np.float32)
-            ids = greedy(model, torch.from_numpy(features).to(device), prefix)
+            ids = greedy(model, padded([clips[index] for index in chosen], frames).to(device), prefix)
             for index, row in zip(chosen, ids, strict=True):
                 results[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
             if on_progress is not None:

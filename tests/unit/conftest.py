@@ -15,6 +15,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from p2pasr import tasks
 from p2pasr.peers.blobs import BlobStore
@@ -130,6 +135,23 @@ def steady_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(BUNDLED[MODEL], folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "dropout": 0.0}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama of two layers that knows nothing, and a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    letters = sorted(ByteLevel.alphabet())
+    tokens = Tokenizer(BPE({token: index for index, token in enumerate([*letters, "<end>"])}, []))
+    tokens.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokens.decoder = ByteLevelDecoder()
+    PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>").save_pretrained(folder)  # noqa: S106
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(letters) + 1, max_position_embeddings=256, initializer_range=0.1, **shape)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 

@@ -18,6 +18,15 @@ from .conftest import LORA, MODEL, plan, start_of
 STUDENT: dict[str, Any] = {"model": MODEL, "warmup_steps": 0, "learning_rate": 3e-3, "width": 32, "heads": 2}
 DISTIL: dict[str, Any] = {"architecture": "distil-whisper", "model": MODEL, "warmup_steps": 0}
 CTC = {**STUDENT, "layers": 1, "spec_augment": {"frequency_bins": 8, "time_share": 0.1}}
+LLM: dict[str, Any] = {
+    "model": MODEL,
+    "projector_width": 128,
+    "max_tokens": 48,
+    "warmup_steps": 0,
+    "learning_rate": 1e-2,
+}
+"""The folder of its language model is made for a session."""
+
 SPOKEN = sorted({*"".join((*OPENINGS, *ACTIONS)), *DIGITS})
 """Characters of the synthetic corpus."""
 
@@ -71,6 +80,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "warmup_steps": 0,
         "learning_rate": 5e-3,
     },
+    "llm": {**LLM, "stage": "adapters", "rank": 4},
+    "llm-projector": {**LLM, "stage": "projector"},
 }
 """Name of a variant, of which the first word is its kind → a configuration that learns from a few clips."""
 
@@ -84,10 +95,11 @@ def shard_files(labelled_files: Sequence[Path]) -> Sequence[Path]:
 
 
 @pytest.fixture(params=CONFIGS)
-def make(request: pytest.FixtureRequest, shard_files: Sequence[Path]) -> Make:
+def make(request: pytest.FixtureRequest, shard_files: Sequence[Path], language_model: Path) -> Make:
     """Makes a new instance of a task, configured as a manifest would hold it."""
     kind = request.param.partition("-")[0]
-    pinned = pin(kind, CONFIGS[request.param], None, shard_files)
+    made = {"language_model": str(language_model)} if kind == "llm" else {}
+    pinned = pin(kind, {**CONFIGS[request.param], **made}, None, shard_files)
     return lambda: build(kind, pinned, seed=3, shards=shard_files)
 
 
