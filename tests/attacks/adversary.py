@@ -102,6 +102,7 @@ def trains(train: Train, segments: Callable[[int], bool] = lambda _: True) -> Ca
                 member.task = task
 
         patch.setattr(story, "train", bent_train)
+        patch.setattr(story, "check_moves", lambda *_: None)
 
     return attack
 

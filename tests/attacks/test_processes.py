@@ -31,7 +31,7 @@ def start(fleet: Fleet, run: Path, shards: Path, attack: str) -> tuple[list[Proc
 def test_a_cheat_is_banned_by_peers_that_know_nothing_of_it_and_the_proof_convinces_a_stranger(
     fleet: Fleet, make_run: Callable[..., Path], shards: Path, folder: Path, attack: str, proof: str
 ) -> None:
-    run = make_run(rounds=4, segments=2, min_peers=HONEST, verify={"rate": 1.0})
+    run = make_run(rounds=6, segments=2, min_peers=HONEST, verify={"rate": 1.0})
     honest, cheat = start(fleet, run, shards, attack)
     assert [process.wait(300) for process in honest] == [0] * HONEST
     assert cheat.wait(30) == 1
