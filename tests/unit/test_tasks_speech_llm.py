@@ -104,6 +104,22 @@ def test_both_stages_learn_one_after_the_other_and_leave_the_rest_as_it_was(
     assert all((value != second.initial_params()[name]).any() for name, value in last.params.items())
 
 
+def test_the_second_stage_learns_to_hear(make_llm: Make, shard_files: Shards) -> None:
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    task = make_llm(stage="adapters", learning_rate=5e-3, rank=16, targets=layers)
+    end, _ = trained(task, shard_files, segments=12)
+    task.set_params(end.params)
+    task.model.eval()
+    clips = task.examples(shard_files)
+    others = [
+        Clip(other.mel, clip.tokens, clip.seconds) for clip, other in zip(clips, [*clips[1:], clips[0]], strict=True)
+    ]
+    with torch.no_grad():
+        own, swapped = float(task.loss(clips)), float(task.loss(others))
+
+    assert swapped > 5 * own  # who guessed from the texts alone would lose the same
+
+
 def test_the_first_stage_trains_the_projector_and_the_second_adapters_besides(make_llm: Make) -> None:
     projector = {f"projector.{layer}.{part}" for layer in ("first", "second") for part in ("weight", "bias")}
     one, two = make_llm().initial_params(), make_llm(stage="adapters").initial_params()
