@@ -153,18 +153,10 @@ class Opening:
 
 
 @dataclass(frozen=True, slots=True)
-class LinkProof:
-    """A claim whose last checkpoint and delta do not belong together.
+class ClaimProof:
+    """What all proofs have in common that are about one claim."""
 
-    Attributes:
-        before: the state that the claim starts from, packed.
-        last: its last checkpoint.
-    """
-
-    kind: ClassVar[str] = "link"
     claim: Signed[Claim]
-    before: bytes
-    last: Opening
 
     @property
     def accused(self) -> str:
@@ -175,6 +167,20 @@ class LinkProof:
     def round(self) -> int:
         """See :class:`Proof`."""
         return self.claim.message.round
+
+
+@dataclass(frozen=True, slots=True)
+class LinkProof(ClaimProof):
+    """A claim whose last checkpoint and delta do not belong together.
+
+    Attributes:
+        before: the state that the claim starts from, packed.
+        last: its last checkpoint.
+    """
+
+    kind: ClassVar[str] = "link"
+    before: bytes
+    last: Opening
 
     def body(self) -> dict[str, Any]:
         """See :class:`Proof`."""
@@ -301,7 +307,7 @@ def reduce_again(
 
 
 @dataclass(frozen=True, slots=True)
-class SegmentProof:
+class SegmentProof(ClaimProof):
     """A segment whose claimed end is not where training leads.
 
     Attributes:
@@ -312,21 +318,10 @@ class SegmentProof:
     """
 
     kind: ClassVar[str] = "segment"
-    claim: Signed[Claim]
     segment: int
     before: bytes
     start: Opening | None
     end: Opening
-
-    @property
-    def accused(self) -> str:
-        """See :class:`Proof`."""
-        return self.claim.message.peer
-
-    @property
-    def round(self) -> int:
-        """See :class:`Proof`."""
-        return self.claim.message.round
 
     def body(self) -> dict[str, Any]:
         """See :class:`Proof`."""
@@ -365,7 +360,7 @@ class SegmentProof:
 
 
 @dataclass(frozen=True, slots=True)
-class ProbeProof:
+class ProbeProof(ClaimProof):
     """A claim of private work whose delta raises the loss on the probe beyond what the manifest allows.
 
     Attributes:
@@ -374,19 +369,8 @@ class ProbeProof:
     """
 
     kind: ClassVar[str] = "probe"
-    claim: Signed[Claim]
     before: bytes
     delta: bytes
-
-    @property
-    def accused(self) -> str:
-        """See :class:`Proof`."""
-        return self.claim.message.peer
-
-    @property
-    def round(self) -> int:
-        """See :class:`Proof`."""
-        return self.claim.message.round
 
     def body(self) -> dict[str, Any]:
         """See :class:`Proof`."""
