@@ -80,18 +80,19 @@ def offer(member: Member) -> None:
     for number, trace in sorted(kept_traces(member).items()):
         packed = bytes.fromhex(trace["claim"])
         fresh = number == member.state.round - 1
-        record = member.journal.read_record(number)
-        if record is not None:
-            records.add(member.store.put("record", record, durable=False))
+        kept = member.journal.read_record(number)
+        if kept is not None:
+            records.add(member.store.put("record", kept, durable=False))
+        record = _trained(kept)
         offers.append(
             {
                 "claim": packed,
                 "checkpoints": [bytes.fromhex(digest) for digest in trace["checkpoints"]],
                 "delta": bytes.fromhex(trace["delta"]),
-                "drawn": _drawn(member, number, packed) if fresh else None,
-                "link": _link_checker(member, number, packed) if fresh else None,
-                "readers": _readers(member, number),
-                "record": None if record is None else blob_digest(record),
+                "drawn": _drawn(member, record, packed) if fresh else None,
+                "link": _link_checker(member, record, packed) if fresh else None,
+                "readers": _readers(member, record),
+                "record": None if kept is None else blob_digest(kept),
             }
         )
     member.store.retain("record", records)
@@ -99,11 +100,10 @@ def offer(member: Member) -> None:
     member.link.call("ban", OPEN_SECONDS, peers=sorted(member.state.bans))
 
 
-def _readers(member: Member, number: int) -> list[str] | None:
+def _readers(member: Member, record: RoundRecord | None) -> list[str] | None:
     """Who may have the delta of a round: those who were in it if it was made of private shards, or else everybody."""
     if member.manifest.data.policy != "private":
         return None
-    record = record_of(member, number)
     return [] if record is None else [each.message.peer for each in record.members]
 
 
@@ -121,9 +121,8 @@ def kept_traces(member: Member) -> dict[int, dict[str, Any]]:
     return traces
 
 
-def _drawn(member: Member, number: int, claim: bytes) -> dict[str, list[int]]:
+def _drawn(member: Member, record: RoundRecord | None, claim: bytes) -> dict[str, list[int]]:
     """Auditor → the segments of this peer's claim that were drawn for it."""
-    record = record_of(member, number)
     if record is None:
         return {}
     members = [each.message.peer for each in record.members]
@@ -132,9 +131,8 @@ def _drawn(member: Member, number: int, claim: bytes) -> dict[str, list[int]]:
     return {auditor: [duty.item] for auditor, duty in duties.items()}
 
 
-def _link_checker(member: Member, number: int, claim: bytes) -> str | None:
+def _link_checker(member: Member, record: RoundRecord | None, claim: bytes) -> str | None:
     """Who was drawn to compare the last checkpoint of this peer's claim with its delta, if anybody."""
-    record = record_of(member, number)
     if record is None:
         return None
     members = [each.message.peer for each in record.members]
@@ -192,7 +190,11 @@ def _is_settled(member: Member, peer: str) -> bool:
 
 def record_of(member: Member, number: int) -> RoundRecord | None:
     """What this peer kept of a round that it took part in; None of one that mixed cohorts."""
-    packed = member.journal.read_record(number) if number >= 0 else None
+    return _trained(member.journal.read_record(number) if number >= 0 else None)
+
+
+def _trained(packed: bytes | None) -> RoundRecord | None:
+    """A packed record, if it is of a round that was trained."""
     record = None if packed is None else read_record(packed)
     return record if isinstance(record, RoundRecord) else None
 
