@@ -286,28 +286,7 @@ class Simulation:
 
     def _claim(self, peer: SimulatedPeer, before: State, cohort: Cohort) -> Claim:
         shards = assign(self.manifest, before.digest, before.covered, peer.name, cohort)
-        nothing = bytes(32)
-        return Claim(
-            run=before.run,
-            peer=peer.name,
-            ticket=NO_TICKET,
-            round=before.round,
-            state=before.digest,
-            shards=shards,
-            seconds=0.0,
-            segments=2,
-            steps=50,
-            samples=800,
-            trace_root=nothing,
-            delta_root=nothing,
-            delta_norm=1.0,
-            loss_before=2.0,
-            loss_after=1.0,
-            hardware="cpu",
-            against=(),
-            undo=(),
-            strikes=(),
-        )
+        return _claim_of(before, peer.name, shards)
 
     def _learned(self, before: State) -> Any:
         towards = -0.1 * before.params["weights"]
@@ -495,33 +474,39 @@ def _renamed(mix: Mix, peer: str) -> Mix:
     return replace(mix, peer=peer)
 
 
+def _claim_of(before: State, peer: str, shards: tuple[bytes, ...]) -> Claim:
+    """What a peer claims that trained these shards from a state; nothing in it but what rounds and their bytes need."""
+    nothing = bytes(32)
+    return Claim(
+        run=before.run,
+        peer=peer,
+        ticket=NO_TICKET,
+        round=before.round,
+        state=before.digest,
+        shards=shards,
+        seconds=0.0,
+        segments=2,
+        steps=50,
+        samples=800,
+        trace_root=nothing,
+        delta_root=nothing,
+        delta_norm=1.0,
+        loss_before=2.0,
+        loss_after=1.0,
+        hardware="cpu",
+        against=(),
+        undo=(),
+        strikes=(),
+    )
+
+
 def _record_bytes(state: State) -> dict[str, int]:
     """Kind → bytes of a record in the directory."""
     who, nothing = f"12D3KooW{0:044d}", bytes(32)
     address = "/ip4/203.0.113.5/tcp/31337/p2p/" + who
     messages: list[Message] = [
         Roster(state.run, who, NO_TICKET, 0, nothing, "training", 1, 1.5e9, False, "cpu x86-64", "0.1.0", (address,)),
-        Claim(
-            run=state.run,
-            peer=who,
-            ticket=NO_TICKET,
-            round=0,
-            state=nothing,
-            shards=(nothing,) * 2,
-            seconds=0.0,
-            segments=2,
-            steps=50,
-            samples=800,
-            trace_root=nothing,
-            delta_root=nothing,
-            delta_norm=1.0,
-            loss_before=2.0,
-            loss_after=1.0,
-            hardware="cpu",
-            against=(),
-            undo=(),
-            strikes=(),
-        ),
+        _claim_of(state, who, (nothing,) * 2),
         Attestation(state.run, who, NO_TICKET, 16, nothing, (nothing,) * MAX_ANCESTORS, 1.0),
         Mix(state.run, who, NO_TICKET, 0, nothing, nothing, nothing, True, tuple(range(32)), nothing),
     ]
