@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from p2pasr import tasks
+from p2pasr import cli, tasks
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.peers.journal import Journal
 from p2pasr.protocol.manifest import RunConfig, RunManifest
@@ -182,3 +184,30 @@ def run_config(**changes: Any) -> RunConfig:
     """The configuration of a quick run."""
     sections = {"name": "quick", "task": {"kind": "lora", "config": LORA}, "rounds": {"rounds": 3}}
     return RunConfig.model_validate({**sections, **changes})
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def p2pasr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run the console script in this process."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["p2pasr", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return Result(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run

@@ -5,46 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import soundfile
 
-from p2pasr import __version__, cli, runs
+from p2pasr import __version__, runs
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.peers.journal import Journal
 from p2pasr.protocol.manifest import RunManifest, read_config, read_manifest
 from p2pasr.speech.audio import SAMPLE_RATE
 from p2pasr.speech.prepare import read_index
 
-from .conftest import MODEL, plan, recordings, start_of, tone
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Result]
-
-
-@pytest.fixture
-def p2pasr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Run the console script in this process."""
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["p2pasr", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return Result(int(ended.value.code or 0), captured.out, captured.err)
-
-    return run
+from .conftest import MODEL, Command, Result, plan, recordings, start_of, tone
 
 
 def failed(result: Result, *parts: object) -> None:

@@ -3,45 +3,24 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from p2pasr import cli
 from p2pasr.speech.labels import signed_shard
 from p2pasr.speech.prepare import ShardIndex, read_index, write_shard
 from p2pasr.speech.shards import pack_shard, read_shard
 
 from .builders import make_identity
-from .conftest import MODEL
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Result]
+from .conftest import MODEL, Command
 
 
 @pytest.fixture
-def distill(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+def distill(p2pasr: Command) -> Command:
     """Run one of the commands in this process."""
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["p2pasr", "distill", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return Result(int(ended.value.code or 0), captured.out, captured.err)
-
-    return run
+    return lambda *arguments: p2pasr("distill", *arguments)
 
 
 def test_labelling_says_how_large_the_labels_are_and_what_they_keep(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from p2pasr import cli, runs
+from p2pasr import runs
 from p2pasr.auditing import train_segment
 from p2pasr.averaging.codec import Flat, Layout
 from p2pasr.averaging.merkle import Tree, part_digests
@@ -32,34 +31,15 @@ from p2pasr.verify.conflict import Conflict
 from p2pasr.verify.evidence import ConflictProof, LinkProof, Opening, ProbeProof, Proof, SegmentProof, pack_proof
 
 from .builders import delta_claim, finish_round, make_claim, make_identity, make_manifest, make_state, train_claim
-from .conftest import run_config
+from .conftest import Command, run_config
 
 EVE, ANNE, BOB = make_identity(1), make_identity(2), make_identity(3)
 
 
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Result]
-
-
 @pytest.fixture
-def verify(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+def verify(p2pasr: Command) -> Command:
     """Run `p2pasr verify` in this process."""
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["p2pasr", "verify", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return Result(int(ended.value.code or 0), captured.out, captured.err)
-
-    return run
+    return lambda *arguments: p2pasr("verify", *arguments)
 
 
 def test_every_command_explains_itself(verify: Command) -> None:
