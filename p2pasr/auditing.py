@@ -520,8 +520,8 @@ def hear(member: Member) -> None:
         for charge in accusation.message.charges:
             if accuser in member.distrusted or accuser in member.state.bans or accuser not in member.state.credit:
                 break
-            is_out = charge.accused in member.proved or charge.accused in member.state.bans
-            if is_out or accuser == member.peer or charge.proof in member.heard:
+            known = charge.accused in member.proved or was_banned_long_ago(member, charge.accused)
+            if known or accuser == member.peer or charge.proof in member.heard:
                 continue
             member.heard.add(charge.proof)
             try:
@@ -554,6 +554,15 @@ def hear(member: Member) -> None:
                     member.report.warn(f"{short(accuser)} holds a proof against this peer: {sentence}")
                 else:
                     convict(member, proof, sentence)
+
+
+def was_banned_long_ago(member: Member, peer: str) -> bool:
+    """Whether a peer was banned so long ago that nobody need hold a proof of it who joins now.
+
+    Of a fresh ban everybody keeps a proof, also who was not in the round that banned.
+    """
+    banned = member.state.bans.get(peer)
+    return banned is not None and banned < member.state.round - member.manifest.retention.checkpoint_rounds
 
 
 def note_strike(member: Member, peer: str) -> None:

@@ -95,12 +95,16 @@ class BlobStore:
             raise LocalError(f"{path} is corrupt: its bytes do not have the digest {digest.hex()[:12]}…")
         self._lent[digest] = path
 
-    def find(self, digest: bytes) -> Path | None:
-        """Where a blob lies, or None."""
-        if (lent := self._lent.get(digest)) is not None and lent.is_file():
+    def find(self, digest: bytes, only: Kind | None = None) -> Path | None:
+        """Where a blob lies, or None.
+
+        Args:
+            only: the kind that is meant, of what the store owns; None for all of these and for lent files.
+        """
+        if only is None and (lent := self._lent.get(digest)) is not None and lent.is_file():
             return lent
         name = digest.hex()
-        for kind in KINDS:
+        for kind in KINDS if only is None else (only,):
             path = self.root / kind / name
             if path.is_file():
                 return path

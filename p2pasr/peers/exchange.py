@@ -47,19 +47,23 @@ class BlobExchange:
     async def start(self, host: Host) -> None:
         """Register on a host."""
         self._host = host
-        await host.serve("blob", self._give)
+        await host.serve("blob", self._give, to_banned=True)
         host.calls["fetch"] = self._call_fetch
         host.calls["provide"] = self._call_provide
 
     async def _give(self, stream: Stream) -> None:
-        """Answer requests for a blob's size (offset None) or one of its chunks until the other side closes."""
+        """Answer requests for a blob's size (offset None) or one of its chunks until the other side closes.
+
+        A banned peer gets states only: the one that bans it is how it learns of that.
+        """
         while True:
             try:
                 request = await stream.receive()
             except TransportError:
                 return
             digest, offset = field(request, "digest", bytes), request.get("offset")
-            path = self._host.store.find(digest) if len(digest) == DIGEST_BYTES else None
+            only: Kind | None = "state" if stream.peer in self._host.banned else None
+            path = self._host.store.find(digest, only) if len(digest) == DIGEST_BYTES else None
             if path is None:
                 raise TransportError("no such blob here")
             size = path.stat().st_size

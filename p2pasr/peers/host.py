@@ -143,17 +143,20 @@ class Host:
         """A stream protocol's full name, scoped by the run."""
         return f"/p2pasr/1/{self.run.hex()}/{name}"
 
-    async def serve(self, name: str, handler: Handler) -> None:
+    async def serve(self, name: str, handler: Handler, *, to_banned: bool = False) -> None:
         """Handle incoming streams of a protocol; errors end the stream, never the process.
 
         The caller closes first. libp2p's daemon may drop what was written just before its side of a
         stream is closed – about one stream in 300 on loopback – so a handler that has said its last
         waits until the caller has read it and gone.
+
+        Args:
+            to_banned: whether banned peers are served too; else their streams are closed.
         """
 
         async def handle(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             stream = Stream(str(info.peer_id), reader, writer, self.pacer, STREAM_SECONDS)
-            if stream.peer in self.banned:
+            if stream.peer in self.banned and not to_banned:
                 stream.close()
                 return
             if self._incoming[stream.peer] >= MAX_INCOMING_PER_PEER or self._incoming.total() >= MAX_INCOMING:
@@ -211,7 +214,7 @@ class Host:
         return {"records": await self.directory.get(args["kind"], args["scope"])}
 
     async def _ban(self, args: dict[str, Any]) -> dict[str, Any]:
-        """Serve these peers no more, and no others any less."""
+        """Serve these peers no more than the states that ban them, and no others any less."""
         self.banned = frozenset(args["peers"])
         return {}
 

@@ -89,13 +89,12 @@ def test_homes_train_together_and_nobody_gives_or_offers_what_was_recorded_in_on
         credit = curious.state.credit
         assert curious.member.journal.read_record(1) is not None
     assert sorted(states) == [0, 1]
+    found = []
     for process in (first, second):
         assert process.wait(60.0) == 0
         assert {str(event["state"]) for event in process.seen("round")} == set(states.values())
-        found = process.seen("audit", what="probe")
-        assert found
-        assert {event["finding"] for event in found} == {"close"}
-        print([(event["finding"], event["error"], event["seconds"]) for event in found])
+        found += process.seen("audit", what="probe")
+    assert {event["finding"] for event in found} == {"close"}  # at least of the third, which one of them was drawn for
     assert len(credit) == 3
     for name in ("first", "second", "curious"):
         private = {shard.digest for home in homes for shard in read_index(home).shards}
