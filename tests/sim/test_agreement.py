@@ -91,10 +91,18 @@ class World:
         self.lies: set[bytes] = set()
         self.claimed: dict[bytes, set[str]] = {}
         self.committed = 0
+        self.eclipsed: Peer | None = None
+        self.victim: Peer | None = None
 
     @property
     def online(self) -> list[Peer]:
         return [peer for peer in self.honest if peer.online]
+
+    @property
+    def lying(self) -> list[str]:
+        """The liars, and the victim that repeats what it heard from them."""
+        believers = [] if self.victim is None else [self.victim.name]
+        return [liar.peer for liar in self.liars] + believers
 
     def publish(self, attestation: Attestation) -> None:
         self.board.setdefault(attestation.peer, []).append((self.now, attestation))
@@ -106,12 +114,18 @@ class World:
             alive = [attestation for at, attestation in published[-2:] if at > self.now - TTL_SECONDS]
             if name == viewer.name or not alive:
                 continue
+            if viewer is self.eclipsed:
+                if any(liar.peer == name for liar in self.liars):
+                    seen[name] = alive[-1]
+                continue
             draw = self.random.random()
             if draw < self.luck:
                 seen[name] = alive[-1]
             elif draw < 0.95:
                 seen[name] = alive[0]
-        lying = [liar.peer for liar in self.liars if liar.peer in seen]
+        if viewer is self.eclipsed:
+            return seen
+        lying = [name for name in self.lying if name in seen]
         self.random.shuffle(lying)
         mine = viewer.attested is not None
         while 2 * len(lying) >= len(seen) + mine and lying:
@@ -138,7 +152,8 @@ class World:
                 peer.hold(state)
         if peer.attested is None or peer.attested.at(peer.state.round) != peer.state.digest:
             self.attest(peer, peer.state)
-        assert peer.state.digest not in self.lies, f"…{peer.name[-6:]} believes a lie: {agreement}"
+        believes = peer.state.digest in self.lies and peer is not self.victim
+        assert not believes, f"…{peer.name[-6:]} believes a lie: {agreement}"
 
     def attest(self, peer: Peer, state: State) -> None:
         peer.attested = make_attestation(peer.identity, state, ancestors=peer.line_to(state))
@@ -223,7 +238,7 @@ class World:
                 peer.online = False
             elif not peer.online and self.random.random() < 0.4:
                 self.come_back(peer)
-        while len(self.online) <= len(self.liars):
+        while len(self.online) - (self.victim is not None) <= len(self.lying):
             self.come_back(self.random.choice([peer for peer in self.honest if not peer.online]))
 
     def come_back(self, peer: Peer) -> None:
@@ -302,6 +317,24 @@ def test_a_lying_minority_neither_wins_nor_splits_the_others(seed: int, strategy
 def test_a_minority_that_lies_about_parents_neither_wins_nor_splits_the_others(seed: int, strategy: str) -> None:
     honest = 3 + seed % 5
     live(seed, honest, liars=1 + seed % (honest - 1), strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", ["stubborn", "fork", "work", "future", "mixed"])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_joiner_that_saw_nobody_but_liars_comes_back_as_soon_as_it_sees_the_others(seed: int, strategy: str) -> None:
+    world = World(seed, honest=5 + seed % 4, liars=2, strategy=strategy, looks=PATIENT)
+    world.eclipsed = world.victim = world.honest[0]
+    for _ in range(8):
+        world.tick()
+    believed = world.victim.state.digest
+    assert believed in world.lies or strategy in ("stubborn", "mixed")
+    world.eclipsed = None
+    for _ in range(8):
+        world.tick()
+    world.heal()
+    assert len({peer.state.digest for peer in world.honest}) == 1
+    assert world.victim.state.digest != believed
+    assert world.victim.state.digest not in world.lies
 
 
 def test_a_run_of_the_simulation_repeats_exactly() -> None:
