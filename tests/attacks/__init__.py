@@ -46,7 +46,9 @@ malformed, huge, non-finite tensors; endless streams     test_protocol_tensors, 
 false accusation, accusation spam, tampered evidence     test_arena: accusations
 lazy auditor                                             test_arena: an_auditor_that_checks_nobody…
 colluding auditors                                       `benchmarks attacks`, five of sixteen
-grinding the draw; false hardware class                  not covered
+false hardware class                                     test_arena: honest_work_on_hardware…, a_cheat_is_banned…
+grinding the draw                                        test_protocol_audits: over_many_rounds…: whatever the
+                                                         state's digest, all are drawn alike
 clock skew                                               tests/swarm/test_bad_luck
 sleeper                                                  test_arena: a_peer_that_was_honest_for_long…
 churn, partition, honest rounding                        tests/swarm/test_chaos, tests/sim; test_arena:

@@ -224,6 +224,28 @@ class Copycat:
         return (end if copied is None else dataclasses.replace(end, params=copied.params)), report
 
 
+def on_other_hardware(
+    attack: Callable[[pytest.MonkeyPatch], None] | None = None,
+) -> Callable[[pytest.MonkeyPatch], None]:
+    """The same, or honest work, by a peer that says it trains on hardware that nobody else has."""
+
+    def elsewhere(patch: pytest.MonkeyPatch) -> None:
+        if attack is not None:
+            attack(patch)
+        honest = story.commit
+
+        def commit(member: Any, *args: Any) -> Any:
+            ours, member.task.hardware_class = member.task.hardware_class, "abacus/beads/fp32"
+            try:
+                return honest(member, *args)
+            finally:
+                member.task.hardware_class = ours
+
+        patch.setattr(story, "commit", commit)
+
+    return elsewhere
+
+
 # --- reducers ----------------------------------------------------------------------------------------
 
 

@@ -57,6 +57,7 @@ CAUGHT_AT_ONCE: dict[str, Attack] = {
     "the demo's": adversary.demo_cheat,
     "learning rate 5 % higher": trains(adversary.faster),
     "other batches": trains(adversary.other_seed),
+    "other batches, on hardware of its own": adversary.on_other_hardware(trains(adversary.other_seed)),
     "easier shards": trains(adversary.easier_shards),
     "flipped labels": trains(adversary.flipped_labels),
     "a reducer's wrong code": adversary.wrong_code,
@@ -154,6 +155,17 @@ def test_every_claim_is_checked_by_one_other_member_in_every_round_whatever_is_d
     assert all(checker != author for checker, author in links)
     assert {event["finding"] for _, event in found} == {"same"}
     assert sum(p.member.opened for p in swarm.players) > 0
+
+
+def test_honest_work_on_hardware_that_nobody_else_has_bans_nobody(arena: MakeArena) -> None:
+    swarm = arena({CHEAT: adversary.on_other_hardware()})
+    swarm.play(4)
+    record = auditing.record_of(swarm.players[1].member, swarm.state.round - 1)
+    assert record is not None
+    said = {claim.message.peer: claim.message.hardware for claim in record.members}
+    assert said[swarm.players[CHEAT].peer] not in [said[player.peer] for player in swarm.players[1:]]
+    assert swarm.banned == set()
+    assert swarm.proofs() == []
 
 
 def test_what_another_peer_trained_is_no_work_of_ones_own(arena: MakeArena) -> None:
