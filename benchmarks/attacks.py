@@ -36,6 +36,7 @@ from p2pasr.protocol.messages import NO_TICKET, NO_UNDO, Claim, Signed
 from p2pasr.protocol.state import State, condemn, genesis
 from p2pasr.protocol.strikes import Strike, audit_rate, strike, suspended
 from p2pasr.protocol.tensors import Tensors
+from p2pasr.protocol.tiers import EVERY
 from p2pasr.speech.prepare import Settings, prepare
 from p2pasr.speech.synthetic import write_corpus
 from p2pasr.tasks.base import Checkpoint, SegmentPlan, Task
@@ -152,7 +153,7 @@ def play(scene: Scene, seed: int) -> Tally:
         for auditor in present:
             if auditor in cheats:
                 continue
-            for duty in segments_to_rerun(section, after, claims, auditor, {}):
+            for duty in segments_to_rerun(section, after, claims, auditor, {}, {}):
                 tally.audits += 1
                 if duty.peer in cheats and duty.item < scene.cheated:
                     found.add(duty.peer)
@@ -185,7 +186,7 @@ def withhold(rate: float, seed: int) -> Tally:
         named = (who,) if number - 2 in drawn else ()
         claims = [_claim(peer, number, state, (), named if peer != who else ()) for peer in peers]
         strikes = strike(strikes, [claim.message for claim in claims], number, section)
-        audits = [draw_auditors(section, blob_digest(b"after", state), each, peers, strikes) for each in claims]
+        audits = [draw_auditors(section, blob_digest(b"after", state), each, claims, strikes, {}) for each in claims]
         tally.claims += 1
         tally.expected += audit_rate(section, strikes, who)
         tally.audits += sum(map(len, audits))
@@ -286,6 +287,7 @@ def _claim(
         round=number,
         state=state,
         shards=(nothing,),
+        tier=EVERY,
         seconds=0.0,
         segments=SEGMENTS,
         steps=SEGMENTS,

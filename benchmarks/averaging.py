@@ -28,6 +28,7 @@ from p2pasr.peers.link import Link
 from p2pasr.protocol.assignment import assign
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import NO_TICKET, Claim, seal
+from p2pasr.protocol.tiers import EVERY
 
 VALUES = 1_769_472
 """Trained values of whisper-small with LoRA of rank 16 on q_proj and v_proj."""
@@ -138,6 +139,7 @@ class _Ours:
             round=number,
             state=STATE,
             shards=assign(manifest, STATE, {}, identity.peer),
+            tier=EVERY,
             seconds=0.0,
             segments=manifest.rounds.segments,
             steps=steps,

@@ -33,6 +33,7 @@ from p2pasr.protocol.mixing import NO_CHOICE, Ledger, Part, Tally
 from p2pasr.protocol.signing import SIGNATURE_BYTES
 from p2pasr.protocol.state import State, advance, genesis, mix_due, params_digest
 from p2pasr.protocol.tensors import Tensors
+from p2pasr.protocol.tiers import EVERY
 
 PARAMETERS: Final = 300
 SHARDS: Final = 48
@@ -484,6 +485,7 @@ def _claim_of(before: State, peer: str, shards: tuple[bytes, ...]) -> Claim:
         round=before.round,
         state=before.digest,
         shards=shards,
+        tier=EVERY,
         seconds=0.0,
         segments=2,
         steps=50,

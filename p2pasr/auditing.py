@@ -125,9 +125,10 @@ def _drawn(member: Member, record: RoundRecord | None, claim: bytes) -> dict[str
     """Auditor → the segments of this peer's claim that were drawn for it."""
     if record is None:
         return {}
-    members = [each.message.peer for each in record.members]
-    section, strikes = member.manifest.verify, member.state.strikes
-    duties = draw_auditors(section, record.after, unseal(claim, Claim), members, strikes)
+    manifest, strikes = member.manifest, member.state.strikes
+    duties = draw_auditors(
+        manifest.verify, record.after, unseal(claim, Claim), record.members, strikes, manifest.clip_lengths
+    )
     return {auditor: [duty.item] for auditor, duty in duties.items()}
 
 
@@ -135,8 +136,10 @@ def _link_checker(member: Member, record: RoundRecord | None, claim: bytes) -> s
     """Who was drawn to compare the last checkpoint of this peer's claim with its delta, if anybody."""
     if record is None:
         return None
-    members = [each.message.peer for each in record.members]
-    return link_checker(member.manifest.verify, record.after, unseal(claim, Claim), members, member.state.strikes)
+    manifest, strikes = member.manifest, member.state.strikes
+    return link_checker(
+        manifest.verify, record.after, unseal(claim, Claim), record.members, strikes, manifest.clip_lengths
+    )
 
 
 def check_last_round(member: Member) -> int:
@@ -147,11 +150,11 @@ def check_last_round(member: Member) -> int:
     if record is None or record.after != member.state.digest or member.checked == record.after:
         return 0
     member.checked = record.after
-    section = member.manifest.verify
-    segments = segments_to_rerun(section, record.after, record.members, member.peer, member.state.strikes)
+    section, strikes, lengths = member.manifest.verify, member.state.strikes, member.manifest.clip_lengths
+    segments = segments_to_rerun(section, record.after, record.members, member.peer, strikes, lengths)
     parts = parts_to_reduce(section, record.after, record.receipts, member.peer)
     private = member.manifest.data.policy == "private"
-    checkers = {} if private else link_checkers(section, record.after, record.members, member.state.strikes)
+    checkers = {} if private else link_checkers(section, record.after, record.members, strikes, lengths)
     links = [claim for claim in record.members if checkers.get(claim.digest) == member.peer]
     if not (segments or links or parts):
         return 0
@@ -165,6 +168,8 @@ def check_last_round(member: Member) -> int:
         began = time.monotonic()
         if private:
             findings.append(tell(member, check_on_probe(member, claim), "probe", began))
+            continue
+        if not member.can_train(claim.message):  # it claimed in another tier than it was started with since
             continue
         findings.append(tell(member, check_segment(member, before, claim, duty), "segment", began))
         done += 1
@@ -405,7 +410,12 @@ def train_again(member: Member, claim: Claim, segment: int, before: State, start
 
     Returns:
         The packed checkpoint at its end.
+
+    Raises:
+        LocalError: this peer's memory is not enough for its shards.
     """
+    if not member.can_train(claim):
+        raise LocalError(f"the shards of {short(claim.peer)} have clips of more than {member.tier} s")
     fetch_shards(member, claim.shards)
     paths = [shard_path(member, shard) for shard in claim.shards]
     return train_segment(member.task, member.manifest, claim, segment, before, start, paths, None)

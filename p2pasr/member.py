@@ -34,6 +34,7 @@ from p2pasr.protocol.messages import (
 from p2pasr.protocol.rules import RoundView, view_of
 from p2pasr.protocol.state import State, mix_due
 from p2pasr.protocol.tensors import Tensors
+from p2pasr.protocol.tiers import EVERY, trains_all
 from p2pasr.report import Report
 from p2pasr.tasks.base import Task
 
@@ -48,6 +49,7 @@ class Member:
         like: the initial parameters, for names and shapes.
         state: what this peer holds; replaced only by a committed round or by the state that holds.
         private: its own shards, where the run trains on such.
+        tier: which shards its memory is enough for, see :mod:`p2pasr.protocol.tiers`.
         lineage: digests of the states that `state` grew from, the newest first, as far as they are known.
         attested: this peer's current attestation, None before its first.
         attested_in: the cohort that can see it.
@@ -84,6 +86,7 @@ class Member:
     client_mode: bool = False
     model: str | None = None
     private: PrivateShards | None = None
+    tier: int = EVERY
     lineage: tuple[bytes, ...] = field(default=(), init=False)
     attested: Signed[Attestation] | None = None
     attested_in: Cohort = EVERYBODY
@@ -132,6 +135,10 @@ class Member:
     def out(self) -> set[str]:
         """Those who take no part in this round: banned for good, or suspended for a while."""
         return {*self.state.bans, *self.view.suspended}
+
+    def can_train(self, claim: Claim) -> bool:
+        """Whether this peer's memory is enough for the shards of a claim."""
+        return trains_all(self.tier, claim.shards, self.manifest.clip_lengths)
 
     def line_to(self, state: State) -> tuple[bytes, ...]:
         """Digests of the states that a state grew from, the newest first, as far as they are known here."""

@@ -60,6 +60,7 @@ from p2pasr.protocol.messages import (
 from p2pasr.protocol.private import conceal, counted_seconds, draw
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import advance, mix_due, remember, undone
+from p2pasr.protocol.tiers import EVERY
 from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan
 from p2pasr.verify.record import RoundRecord, check_record, in_every_part
 from p2pasr.verify.trace import Trace, retain_traces
@@ -263,7 +264,7 @@ def assign_shards(member: Member) -> tuple[bytes, ...]:
     if private is not None:
         shards = draw(private.paths, state.digest, member.peer, member.manifest.rounds.shards_per_peer)
     else:
-        shards = member.view.assigned(member.peer)
+        shards = member.view.assigned(member.peer, member.tier)
     member.step("assign", f"round {state.round}: {len(shards)} shards")
     if private is None:
         fetch_shards(member, shards)
@@ -373,6 +374,7 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
             round=member.state.round,
             state=member.state.digest,
             shards=names,
+            tier=member.tier if member.private is None else EVERY,
             seconds=seconds,
             segments=len(losses),
             steps=steps,

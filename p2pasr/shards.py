@@ -28,12 +28,15 @@ class OwnShard:
         seconds: how much work it stands for, in seconds of audio or any unit that all shards of the run share: the
             weights of claims and the credit of peers are counted in it.
         dialect: which part of the data it is from, if there are several.
+        longest: seconds of its longest clip, where the memory that training takes grows with it; peers of little memory
+            leave long ones to others.
     """
 
     tensors: Mapping[str, npt.NDArray[Any]]
     examples: int
     seconds: float
     dialect: str = ""
+    longest: float | None = None
 
 
 def write_shards(out: Path, shards: Iterable[OwnShard]) -> ShardIndex:
@@ -45,7 +48,7 @@ def write_shards(out: Path, shards: Iterable[OwnShard]) -> ShardIndex:
         out: folder; made if it is not there. Its index is replaced.
 
     Raises:
-        ValueError: a shard holds no example or stands for no work.
+        ValueError: a shard holds no example, stands for no work or has an impossible clip.
         TypeError: an array's dtype is another one.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -54,7 +57,11 @@ def write_shards(out: Path, shards: Iterable[OwnShard]) -> ShardIndex:
         if shard.examples < 1 or not 0 < shard.seconds < np.inf:
             raise ValueError(f"a shard of {shard.examples} examples and {shard.seconds} s trains nothing")
         data = pack_tensors(shard.tensors, {"format": OWN, "examples": shard.examples})
-        entry = ShardEntry(blob_digest(data).hex(), len(data), shard.examples, float(shard.seconds), shard.dialect)
+        if shard.longest is not None and not 0 < shard.longest < np.inf:
+            raise ValueError(f"the longest clip of a shard cannot last {shard.longest} s")
+        longest = None if shard.longest is None else float(shard.longest)
+        seconds, dialect = float(shard.seconds), shard.dialect
+        entry = ShardEntry(blob_digest(data).hex(), len(data), shard.examples, seconds, dialect, longest)
         (out / entry.file).write_bytes(data)
         index.shards.append(entry)
     index.save(out)

@@ -124,14 +124,15 @@ def _drawn(
     member: Member, record: RoundRecord, after: State, auditor: str, statement: bytes, item: int
 ) -> Iterator[Doubt]:
     """The duties of an auditor for which it needed this segment or this part of a claim."""
-    section, members = member.manifest.verify, [claim.message.peer for claim in record.members]
+    section, lengths = member.manifest.verify, member.manifest.clip_lengths
     position = next((at for at, claim in enumerate(record.members) if claim.digest == statement), None)
-    if position is None or auditor not in members:
+    if position is None or auditor not in [claim.message.peer for claim in record.members]:
         return
     claim = record.members[position]
-    duty = draw_auditors(section, record.after, claim, members, after.strikes).get(auditor)
+    drawing = section, record.after, claim, record.members, after.strikes, lengths
+    duty = draw_auditors(*drawing).get(auditor)
     private = member.manifest.data.policy == "private"
-    if duty is None and not private and link_checker(section, record.after, claim, members, after.strikes) == auditor:
+    if duty is None and not private and link_checker(*drawing) == auditor:
         duty = Duty(claim.message.peer, statement, claim.message.segments - 1)
     if duty is not None and (item == 0 if private else duty.item == item):
         yield Doubt(claim, duty, auditor, None)
@@ -160,6 +161,8 @@ def _try(member: Member, record: RoundRecord, doubt: Doubt, retries_end: float, 
                 return None
             time.sleep(PAUSE_SECONDS)
     if doubt.auditor != member.peer and CHANCE.random() >= SECOND_AUDITORS / len(record.members):
+        return 0
+    if doubt.index is None and not member.can_train(claim.message):
         return 0
     if member.store.find(claim.message.state) is None:
         return 0

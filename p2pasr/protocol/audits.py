@@ -9,6 +9,7 @@ from p2pasr.protocol.encoding import digest
 from p2pasr.protocol.manifest import VerifySection
 from p2pasr.protocol.messages import Claim, Receipt, Signed
 from p2pasr.protocol.strikes import Strike, audit_rate
+from p2pasr.protocol.tiers import trains_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +32,25 @@ def draw_auditors(
     section: VerifySection,
     after: bytes,
     claim: Signed[Claim],
-    members: Iterable[str],
+    members: Iterable[Signed[Claim]],
     strikes: Mapping[str, Strike],
+    lengths: Mapping[str, float],
 ) -> dict[str, Duty]:
     """Who trains which segment of a claim again: auditor → duty.
 
-    A claim is audited by the `auditors` other members with the lowest BLAKE3(after ‖ claim ‖ member), each of which
-    draws by the same digest whether it does, at the section's rate for this claim's peer, and one segment.
+    A claim is audited by the `auditors` other members with the lowest BLAKE3(after ‖ claim ‖ member), of those who by
+    the tier in their own claims train its shards. Each draws by the same digest whether it does, at the section's rate
+    for this claim's peer, and one segment.
 
     Args:
         after: digest of the state that came of the round.
-        members: the peers of the round, in any order.
+        members: the claims of the round, in any order.
         strikes: as in the state that came of the round.
+        lengths: hex digest of a shard → seconds of its longest clip, of those that have clips.
     """
     peer, statement = claim.message.peer, claim.digest
-    ranks = {other: _draw("auditor", after, statement, other) for other in members if other != peer}
+    able = [each.message.peer for each in members if trains_all(each.message.tier, claim.message.shards, lengths)]
+    ranks = {other: _draw("auditor", after, statement, other) for other in able if other != peer}
     rate = audit_rate(section, strikes, peer)
     duties = {}
     for auditor in sorted(ranks, key=ranks.__getitem__)[: section.auditors]:
@@ -61,10 +66,10 @@ def segments_to_rerun(
     claims: Sequence[Signed[Claim]],
     auditor: str,
     strikes: Mapping[str, Strike],
+    lengths: Mapping[str, float],
 ) -> tuple[Duty, ...]:
     """The segments of a round that one of its members trains again; see :func:`draw_auditors`."""
-    members = [claim.message.peer for claim in claims]
-    drawn = (draw_auditors(section, after, claim, members, strikes) for claim in claims)
+    drawn = (draw_auditors(section, after, claim, claims, strikes, lengths) for claim in claims)
     return tuple(duties[auditor] for duties in drawn if auditor in duties)
 
 
@@ -72,31 +77,36 @@ def link_checker(
     section: VerifySection,
     after: bytes,
     claim: Signed[Claim],
-    members: Iterable[str],
+    members: Sequence[Signed[Claim]],
     strikes: Mapping[str, Strike],
+    lengths: Mapping[str, float],
 ) -> str | None:
     """Who compares a claim's last checkpoint with its delta and its norm, if anybody.
 
-    Each claim has another member for that, drawn at the section's rate, unless a segment of it is trained again: its
-    auditor makes the comparison then, and the last checkpoint may be what it must not see before it commits to its own.
+    Each claim has another member of any tier for that, drawn at the section's rate, unless a segment of it is trained
+    again: its auditor makes the comparison then, and the last checkpoint may be what it must not see before it commits
+    to its own.
 
     Args:
-        after, members, strikes: as for :func:`draw_auditors`.
+        after, members, strikes, lengths: as for :func:`draw_auditors`.
     """
-    others = [peer for peer in members if peer != claim.message.peer]
+    others = [each.message.peer for each in members if each.message.peer != claim.message.peer]
     if not others or _fraction(_draw("checked-link", after, claim.digest, "")) >= section.links:
         return None
-    if draw_auditors(section, after, claim, others, strikes):
+    if draw_auditors(section, after, claim, members, strikes, lengths):
         return None
     return min(others, key=lambda peer: _draw("link-checker", after, claim.digest, peer))
 
 
 def link_checkers(
-    section: VerifySection, after: bytes, claims: Sequence[Signed[Claim]], strikes: Mapping[str, Strike]
+    section: VerifySection,
+    after: bytes,
+    claims: Sequence[Signed[Claim]],
+    strikes: Mapping[str, Strike],
+    lengths: Mapping[str, float],
 ) -> dict[bytes, str]:
     """Digest of a claim → who checks its last link, for those that somebody does; see :func:`link_checker`."""
-    members = [claim.message.peer for claim in claims]
-    drawn = {claim.digest: link_checker(section, after, claim, members, strikes) for claim in claims}
+    drawn = {claim.digest: link_checker(section, after, claim, claims, strikes, lengths) for claim in claims}
     return {statement: checker for statement, checker in drawn.items() if checker is not None}
 
 

@@ -305,6 +305,8 @@ class ShardRef(_Section):
     clips: Annotated[int, Field(ge=1)]
     seconds: Annotated[float, Field(gt=0, le=1e9)]
     dialect: Annotated[str, StringConstraints(max_length=64)]
+    longest: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """Seconds of its longest clip, with which the memory to train it grows; null where it has no clips."""
 
 
 class RunManifest(RunConfig):
@@ -341,6 +343,11 @@ class RunManifest(RunConfig):
     def run_id(self) -> bytes:
         """BLAKE3 of the canonical bytes, 32 bytes: the name of the run."""
         return blob_digest(self.canonical())
+
+    @cached_property
+    def clip_lengths(self) -> dict[str, float]:
+        """Hex digest of a shard → seconds of its longest clip, of those that have clips."""
+        return {shard.digest: shard.longest for shard in self.shards if shard.longest is not None}
 
     @cached_property
     def most_seconds_per_round(self) -> float:

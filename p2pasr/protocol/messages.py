@@ -128,6 +128,7 @@ class Claim:
     Attributes:
         round, state: trained in this round, from the state with this digest.
         shards: digests of the shards trained on, as assigned; names that hide them where they are private.
+        tier: which shards its author trains, see :mod:`p2pasr.protocol.tiers`; 0 where they are private.
         seconds: of audio in them where they are private, as its author says; 0 otherwise.
         segments, steps, samples: how much was trained.
         trace_root: Merkle root over the segment-end checkpoints; zeros where shards are private.
@@ -151,6 +152,7 @@ class Claim:
     round: Round
     state: Digest
     shards: Annotated[tuple[Digest, ...], Len(1, 128)]
+    tier: Annotated[int, Ge(0), Le(255)]
     seconds: Amount
     segments: Annotated[int, Ge(1), Le(1 << 16)]
     steps: Annotated[int, Ge(1), Le(1 << 24)]

@@ -13,6 +13,7 @@ from p2pasr.protocol.encoding import DIGEST_BYTES, digest
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import Claim
 from p2pasr.protocol.signing import short
+from p2pasr.protocol.tiers import EVERY
 
 NO_TRACE: Final = bytes(DIGEST_BYTES)
 """The trace's root in a claim that commits to no checkpoints."""
@@ -65,5 +66,7 @@ def check_private(claim: Claim, manifest: RunManifest) -> None:
             f"{who} states {claim.seconds:g} s of private audio; a claim counts for {LEAST_SECONDS:g} to "
             f"{manifest.data.private_weight_seconds:g}"
         )
+    if claim.tier != EVERY:
+        raise Reject(f"{who} states tier {claim.tier}, and nobody sees how long private clips are")
     if claim.trace_root != NO_TRACE:
         raise Reject(f"{who} commits to checkpoints, which tell of private shards")

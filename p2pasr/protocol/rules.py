@@ -15,6 +15,7 @@ from p2pasr.protocol.private import check_private
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State
 from p2pasr.protocol.strikes import suspended
+from p2pasr.protocol.tiers import EVERY, check_tier
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,15 @@ class RoundView:
     cohort: Cohort = EVERYBODY
     suspended: Mapping[str, int] = field(default_factory=dict)
     guests: Mapping[str, str] = field(default_factory=dict)
-    _assigned: dict[str, tuple[bytes, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _assigned: dict[tuple[str, int], tuple[bytes, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
-    def assigned(self, peer: str) -> tuple[bytes, ...]:
+    def assigned(self, peer: str, tier: int = EVERY) -> tuple[bytes, ...]:
         """Digests of a peer's shards for the round, computed once, for claims are read again and again."""
-        if peer not in self._assigned:
-            self._assigned[peer] = assign(self.manifest, self.state, self.covered, peer, self.cohort)
-        return self._assigned[peer]
+        if (peer, tier) not in self._assigned:
+            self._assigned[peer, tier] = assign(self.manifest, self.state, self.covered, peer, self.cohort, tier)
+        return self._assigned[peer, tier]
 
 
 def view_of(state: State, manifest: RunManifest, cohort: Cohort = EVERYBODY) -> RoundView:
@@ -83,10 +86,12 @@ def check_claim(claim: Claim, view: RoundView) -> None:
     # C3 It was trained from the agreed state. A delta from another state moves in a direction that was never measured.
     if claim.state != view.state:
         raise Ignore(f"{who} starts from another state ({claim.state.hex()[:8]}, not {view.state.hex()[:8]})")
-    # C4 It names the assigned shards, all of them, in order, or as few and as little audio as private ones may count.
+    # C4 It names the shards assigned to it in the tier that it states, all of them, in order, or as few and as little
+    # audio as private ones may count.
+    check_tier(claim)
     if view.manifest.data.policy == "private":
         check_private(claim, view.manifest)
-    elif claim.shards != view.assigned(claim.peer):
+    elif claim.shards != view.assigned(claim.peer, claim.tier):
         raise Reject(f"{who} names other shards than it was assigned")
     elif claim.seconds != 0:
         raise Reject(f"{who} states {claim.seconds:g} s of audio, which follow from its shards")

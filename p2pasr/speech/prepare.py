@@ -65,13 +65,18 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class ShardEntry:
-    """One shard in the index of a folder of shards."""
+    """One shard in the index of a folder of shards.
+
+    Attributes:
+        longest: seconds of its longest clip; None where it has no clips.
+    """
 
     digest: str
     bytes: int
     clips: int
     seconds: float
     dialect: str
+    longest: float | None = None
 
     @property
     def file(self) -> str:
@@ -377,6 +382,7 @@ def write_shard(out: Path, clips: Sequence[Clip], dialect: str, data: bytes) -> 
         clips=len(clips),
         seconds=round(sum(clip.seconds for clip in clips), 3),
         dialect=dialect,
+        longest=round(max(clip.seconds for clip in clips), 3),
     )
     _write_atomically(out / entry.file, data)
     return entry

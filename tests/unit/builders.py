@@ -42,6 +42,7 @@ from p2pasr.protocol.rules import RoundView
 from p2pasr.protocol.rules import view_of as round_view
 from p2pasr.protocol.state import State, genesis, params_digest
 from p2pasr.protocol.tensors import Tensors
+from p2pasr.protocol.tiers import EVERY
 from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, SegmentReport
 from p2pasr.verify.record import RoundRecord
 
@@ -124,7 +125,8 @@ def make_claim(who: Identity, manifest: RunManifest, held: State, /, **changes: 
         "ticket": NO_TICKET,
         "round": held.round,
         "state": held.digest,
-        "shards": assign(manifest, held.digest, held.covered, who.peer),
+        "shards": assign(manifest, held.digest, held.covered, who.peer, tier=changes.get("tier", EVERY)),
+        "tier": EVERY,
         "seconds": 0.0,
         "segments": segments,
         "steps": steps,

@@ -39,17 +39,17 @@ def after(number: int) -> bytes:
 
 def duties(section: VerifySection, state: bytes, claims: tuple[Signed[Claim], ...] = CLAIMS) -> list[tuple[str, Duty]]:
     """Every duty of every member, with the auditor that it falls to."""
-    return [(who.peer, duty) for who in PEERS for duty in segments_to_rerun(section, state, claims, who.peer, {})]
+    return [(who.peer, duty) for who in PEERS for duty in segments_to_rerun(section, state, claims, who.peer, {}, {})]
 
 
 @given(SECTIONS, AFTERS, st.permutations(CLAIMS), AUDITORS)
 def test_everybody_draws_the_same_from_the_same_round(
     section: VerifySection, state: bytes, shuffled: list[Signed[Claim]], auditor: str
 ) -> None:
-    drawn = segments_to_rerun(section, state, CLAIMS, auditor, {})
-    assert drawn == segments_to_rerun(section, state, CLAIMS, auditor, {})
-    assert set(drawn) == set(segments_to_rerun(section, state, shuffled, auditor, {}))
-    assert link_checkers(section, state, CLAIMS, {}) == link_checkers(section, state, shuffled, {})
+    drawn = segments_to_rerun(section, state, CLAIMS, auditor, {}, {})
+    assert drawn == segments_to_rerun(section, state, CLAIMS, auditor, {}, {})
+    assert set(drawn) == set(segments_to_rerun(section, state, shuffled, auditor, {}, {}))
+    assert link_checkers(section, state, CLAIMS, {}, {}) == link_checkers(section, state, shuffled, {}, {})
     parts = parts_to_reduce(section, state, RECEIPTS, auditor)
     assert set(parts) == set(parts_to_reduce(section, state, RECEIPTS[::-1], auditor))
 
@@ -85,7 +85,7 @@ def test_at_rate_1_every_claim_has_its_number_of_auditors_and_at_rate_0_none(sta
 def test_no_claim_has_both_an_auditor_and_somebody_who_sees_its_last_checkpoint_at_once(
     section: VerifySection, state: bytes
 ) -> None:
-    checkers = link_checkers(section, state, CLAIMS, {})
+    checkers = link_checkers(section, state, CLAIMS, {}, {})
     authors = {claim.digest: claim.message.peer for claim in CLAIMS}
     assert all(authors[claim] != checker for claim, checker in checkers.items())
     assert not checkers.keys() & {duty.statement for _, duty in duties(section, state)}
@@ -97,8 +97,8 @@ def test_at_links_1_every_claim_is_compared_with_its_delta_by_somebody_and_at_0_
 ) -> None:
     section = VerifySection(rate=rate, auditors=auditors, links=1.0)
     audited = {duty.statement for _, duty in duties(section, state)}
-    assert link_checkers(section, state, CLAIMS, {}).keys() | audited == {claim.digest for claim in CLAIMS}
-    assert not link_checkers(VerifySection(rate=rate, auditors=auditors, links=0.0), state, CLAIMS, {})
+    assert link_checkers(section, state, CLAIMS, {}, {}).keys() | audited == {claim.digest for claim in CLAIMS}
+    assert not link_checkers(VerifySection(rate=rate, auditors=auditors, links=0.0), state, CLAIMS, {}, {})
 
 
 @given(AFTERS, st.integers(0, 5), AUDITORS)
@@ -110,8 +110,8 @@ def test_of_every_other_reducer_so_many_parts_are_checked(state: bytes, parts: i
 
 
 def test_a_peer_alone_in_its_round_is_checked_by_nobody() -> None:
-    assert segments_to_rerun(VerifySection(rate=1.0), after(0), CLAIMS[:1], PEERS[0].peer, {}) == ()
-    assert link_checkers(VerifySection(rate=1.0), after(0), CLAIMS[:1], {}) == {}
+    assert segments_to_rerun(VerifySection(rate=1.0), after(0), CLAIMS[:1], PEERS[0].peer, {}, {}) == ()
+    assert link_checkers(VerifySection(rate=1.0), after(0), CLAIMS[:1], {}, {}) == {}
     assert parts_to_reduce(VerifySection(parts=4), after(0), RECEIPTS[:1], PEERS[0].peer) == ()
 
 
@@ -133,7 +133,7 @@ def test_over_many_rounds_claims_are_audited_at_the_rate_of_the_manifest(rate: f
 @pytest.mark.parametrize("links", [0.1, 0.6])
 def test_over_many_rounds_links_are_checked_at_the_rate_of_the_manifest_by_every_member_alike(links: float) -> None:
     section, rounds = VerifySection(rate=0.0, links=links), 600
-    drawn = [link_checkers(section, after(number), CLAIMS, {}) for number in range(rounds)]
+    drawn = [link_checkers(section, after(number), CLAIMS, {}, {}) for number in range(rounds)]
     assert within(sum(map(len, drawn)), rounds * len(CLAIMS), links)
     for who in PEERS[1:]:
         count = sum(checkers.get(CLAIMS[0].digest) == who.peer for checkers in drawn)

@@ -79,6 +79,7 @@ named = st.lists(st.sampled_from([make_identity(number).peer for number in (2, 3
 claims = drawn(
     Claim,
     shards=st.lists(digests, min_size=1, max_size=8).map(tuple),
+    tier=st.integers(0, 255),
     seconds=amounts,
     segments=st.integers(1, 1 << 16),
     steps=st.integers(1, 1 << 24),

@@ -14,7 +14,8 @@ from .builders import digest_of, make_claim, make_identity, make_manifest, make_
 
 MANIFEST = make_manifest()
 STATE = make_state(MANIFEST)
-PEERS = [make_identity(number).peer for number in range(1, 8)]
+WHOS = [make_identity(number) for number in range(1, 8)]
+PEERS = [who.peer for who in WHOS]
 EVE, ANNE = sorted((make_identity(98).peer, make_identity(99).peer))
 
 SECTIONS = st.builds(
@@ -26,6 +27,7 @@ SECTIONS = st.builds(
 )
 ROUNDS = st.integers(0, 1 << 31)
 LEDGERS = st.dictionaries(st.sampled_from([EVE, ANNE]), st.tuples(st.integers(1, 1 << 31), ROUNDS))
+CLAIMS = [seal(who, make_claim(who, MANIFEST, STATE)) for who in WHOS]
 VOTES = st.lists(st.sets(st.sampled_from([EVE, ANNE])), min_size=1, max_size=7)
 
 
@@ -79,8 +81,8 @@ def test_every_strike_doubles_the_rate_and_no_number_of_them_is_too_large(sectio
 def test_who_was_drawn_before_a_strike_is_drawn_after_it_and_for_the_same_segment(number: int, count: int) -> None:
     claim = seal(make_identity(1), make_claim(make_identity(1), MANIFEST, STATE, segments=4))
     section, after = VerifySection(rate=0.25, auditors=3), digest_of(f"after {number}")
-    before = draw_auditors(section, after, claim, PEERS, {})
-    struck = draw_auditors(section, after, claim, PEERS, {PEERS[0]: (count + 1, 3)})
+    before = draw_auditors(section, after, claim, CLAIMS, {}, {})
+    struck = draw_auditors(section, after, claim, CLAIMS, {PEERS[0]: (count + 1, 3)}, {})
     assert before.items() <= struck.items()
     assert len(struck) <= 3
     if count:
