@@ -29,7 +29,7 @@ from p2pasr.peers.journal import Journal
 from p2pasr.peers.link import Link
 from p2pasr.peers.records import Records
 from p2pasr.peers.sync import fetch_manifest
-from p2pasr.private import check_use, open_private
+from p2pasr.private import PrivateShards, check_use, open_private, within
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.state import State, parse_state
 from p2pasr.report import Report
@@ -69,6 +69,8 @@ class PeerOptions:
         private_shards: a folder of prepared shards to train on and give to nobody, in runs with private ones.
         device: "cpu", "cuda", "cuda:1", or "auto".
         threads: CPU threads for training; torch's choice if None.
+        longest_clip: seconds of the longest clip to train on; shards with longer ones are left to others. By the memory
+            that the device has if None.
         model: a local folder of the base model, where it cannot be loaded by its name.
         disk_gib: budget of the blob store, GiB.
         max_rounds: rounds to take part in before leaving; None for the whole run.
@@ -87,6 +89,7 @@ class PeerOptions:
     private_shards: Path | None = None
     device: str = "auto"
     threads: int | None = None
+    longest_clip: float | None = None
     model: str | None = None
     disk_gib: float = 50.0
     max_rounds: int | None = None
@@ -176,6 +179,8 @@ class Peer:
             manifest = fetch_manifest(link, store, run, options.join_seconds, report.wait)
             check_use(private, manifest)
         task = self._task or build_task(manifest, _device(options), options.model)
+        tier = self._tier(manifest, task, private)
+        private = None if private is None else within(private, tier)
         state = initial_state(manifest, task)
         like = state.params
         head = _newest_intact(journal, store, report)
@@ -195,6 +200,7 @@ class Peer:
             client_mode=options.client_mode,
             model=options.model,
             private=private,
+            tier=tier,
         )
         if head is None:
             hold(self.member, state)
@@ -315,6 +321,19 @@ class Peer:
             raise LocalError(f"none of the shards in {folder} belong to this run")
         return tuple(files)
 
+    def _tier(self, manifest: RunManifest, task: Task, private: PrivateShards | None) -> int:
+        """Which shards this peer trains; says why where that is not all of them."""
+        from p2pasr.tiers import choose  # loads torch
+
+        if private is None:
+            lengths = [shard.longest for shard in manifest.shards]
+        else:
+            lengths = [private.longest.get(shard) for shard in private.paths]
+        chosen = choose(lengths, self.options.longest_clip, task, manifest.rounds.samples_per_step)
+        if chosen.reason:
+            self.report.emit("tier", chosen.reason, tier=chosen.tier)
+        return chosen.tier
+
     def _on_link_event(self, event: dict[str, Any]) -> None:
         """Tell what the network process tells; called from the handle's thread."""
         kind, reason = event["event"], event.get("reason", "")
@@ -382,6 +401,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--private-shards", type=Path, metavar="DIR", help="prepared shards to train on that never leave this machine")
     add("--device", default="auto", help="cpu, cuda, cuda:1 … (default: auto)")
     add("--threads", type=int, metavar="N", help="CPU threads for training (default: torch's choice)")
+    add("--longest-clip", type=float, metavar="N", help="train on clips of up to N s (default: what memory allows)")
     add("--model", metavar="DIR", help="local folder of the run's base model, if its name cannot be loaded")
     add("--disk-gib", type=float, default=50.0, metavar="N", help="budget for shards, states and checkpoints")
     add("--max-rounds", type=int, metavar="N", help="leave after this many rounds")
@@ -394,7 +414,7 @@ def _parser() -> argparse.ArgumentParser:
 def _options(arguments: argparse.Namespace) -> PeerOptions:
     for maddr in arguments.initial_peers:
         check_peer_maddr(maddr)
-    for name in ("threads", "max_rounds", "disk_gib", "upload_limit_mbit", "join_seconds"):
+    for name in ("threads", "longest_clip", "max_rounds", "disk_gib", "upload_limit_mbit", "join_seconds"):
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise LocalError(f"--{name.replace('_', '-')} must be a finite number above 0 (found {value:g})")
@@ -413,6 +433,7 @@ def _options(arguments: argparse.Namespace) -> PeerOptions:
         private_shards=arguments.private_shards,
         device=arguments.device,
         threads=arguments.threads,
+        longest_clip=arguments.longest_clip,
         model=arguments.model,
         disk_gib=arguments.disk_gib,
         max_rounds=arguments.max_rounds,

@@ -102,11 +102,21 @@ def look() -> Machine:
     import psutil
 
     threads = torch.get_num_threads()
-    memory = max(psutil.virtual_memory().total - SYSTEM_GIB * GIB, GIB)
+    memory = room(torch.device("cpu"))
     name = (
         f"{threads} threads of {torch.backends.cpu.get_cpu_capability()}, {psutil.virtual_memory().total / GIB:.0f} GiB"
     )
     return Machine("cpu", name, memory, measure_speed("cpu"))
+
+
+def room(device: torch.device) -> float:
+    """Bytes that training may fill on a device, with those that this process has taken there already."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return RESERVE * (_free(index) + torch.cuda.memory_reserved(index))
+    import psutil
+
+    return float(max(psutil.virtual_memory().total - SYSTEM_GIB * GIB, GIB))
 
 
 def _free(index: int) -> float:
@@ -197,7 +207,7 @@ def measure(task: GradientTask[Any], shards: Sequence[Path], rounds: RoundSectio
     """
     examples = list(task.examples(shards))
     size = min(task.config.micro_batch or rounds.samples_per_step, len(examples))
-    planned = _planned(task, examples[:size])
+    foreseen = planned(task, examples[:size])
     plan_of_step = SegmentPlan(blob_digest(b"plan"), 1, rounds.samples_per_step, 0, 1)
     start = Checkpoint(task.initial_params())
     seconds = []
@@ -211,13 +221,15 @@ def measure(task: GradientTask[Any], shards: Sequence[Path], rounds: RoundSectio
     task.model.train()
     kept = kept_by(lambda: task.loss(examples[:size]), task.model)
     samples = rounds.segments * rounds.steps_per_segment
-    return Measured(size, planned, weights + gradients + moments + kept, min(seconds), min(seconds) * samples / 60)
+    return Measured(size, foreseen, weights + gradients + moments + kept, min(seconds), min(seconds) * samples / 60)
 
 
-def _planned(task: GradientTask[Any], examples: Sequence[Any]) -> float:
+def planned(task: GradientTask[Any], examples: Sequence[Any]) -> float:
     """Bytes that a step takes, traced from a copy of the task without values."""
     real, device = task.model, task.device
-    task.model, task.device = copy.deepcopy(real).to("meta"), torch.device("meta")
+    values = {id(tensor): tensor.to("meta") for tensor in real.buffers()}
+    values |= {id(p): torch.nn.Parameter(p.to("meta"), p.requires_grad) for p in real.parameters()}
+    task.model, task.device = copy.deepcopy(real, values), torch.device("meta")
     try:
         cost = trace(task.model, lambda _: task.loss(examples), 1)
     finally:

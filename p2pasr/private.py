@@ -6,12 +6,13 @@ What leaves this machine of them is what training makes of them, the delta, and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from p2pasr.errors import LocalError
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.protocol.manifest import RunManifest
+from p2pasr.protocol.tiers import trains
 from p2pasr.speech.prepare import read_index, salt_of
 from p2pasr.speech.shards import check_digest
 from p2pasr.tasks.base import Probed, Task
@@ -24,12 +25,14 @@ class PrivateShards:
     Attributes:
         paths: digest of a shard → its file.
         seconds: digest of a shard → seconds of audio in it.
+        longest: digest of a shard → seconds of its longest clip, of those that have clips.
         secret: 32 bytes that hide their names from others.
     """
 
     paths: Mapping[bytes, Path]
     seconds: Mapping[bytes, float]
     secret: bytes
+    longest: Mapping[bytes, float] = field(default_factory=dict)
 
 
 def open_private(folder: Path, store: BlobStore) -> PrivateShards:
@@ -53,7 +56,14 @@ def open_private(folder: Path, store: BlobStore) -> PrivateShards:
                 f"out there, or name another --state-dir"
             )
     seconds = {bytes.fromhex(shard.digest): shard.seconds for shard in index.shards}
-    return PrivateShards(paths, seconds, salt_of(folder))
+    longest = {bytes.fromhex(shard.digest): shard.longest for shard in index.shards if shard.longest is not None}
+    return PrivateShards(paths, seconds, salt_of(folder), longest)
+
+
+def within(private: PrivateShards, tier: int) -> PrivateShards:
+    """Those shards that a peer of a tier trains."""
+    kept = {shard: path for shard, path in private.paths.items() if trains(tier, private.longest.get(shard))}
+    return replace(private, paths=kept)
 
 
 def check_use(private: PrivateShards | None, manifest: RunManifest) -> None:

@@ -75,6 +75,12 @@ class Clip:
     labels: SoftLabels | None = None
 
 
+def silence(seconds: float, n_mels: int) -> Clip:
+    """A clip of zeros with two tokens."""
+    frames = max(1, round(seconds * SAMPLE_RATE / HOP))
+    return Clip(np.zeros((n_mels, frames), dtype=np.float16), (0, 0), seconds)
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """The clips of one shard, read-only views of the file."""

@@ -20,7 +20,7 @@ from p2pasr.protocol.encoding import digest
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.speech.metrics import error_rates
 from p2pasr.speech.pretrained import Frontend, frontend, weights_digest
-from p2pasr.speech.shards import Clip, Features, Shard, read_shard
+from p2pasr.speech.shards import Clip, Features, Shard, read_shard, silence
 from p2pasr.speech.text import normalise
 from p2pasr.tasks.augment import spec_augment
 from p2pasr.tasks.base import OnProgress
@@ -216,6 +216,10 @@ class CtcTask(GradientTask[Utterance]):
         clips = [clip for path in shards for clip in self._shard(path).clips]
         said = [Utterance(clip, self.alphabet.encode(text_of(clip, self.frontend.tokenizer))) for clip in clips]
         return [utterance for utterance in said if self._fits(utterance.clip, utterance.target)]
+
+    def example_of(self, seconds: float) -> Utterance:
+        """See :meth:`p2pasr.tasks.training.GradientTask.example_of`."""
+        return Utterance(silence(seconds, self.features.n_mels), ())
 
     def weight(self, example: Utterance) -> float:
         """Characters or bytes, at least one."""

@@ -17,7 +17,7 @@ from p2pasr.protocol.encoding import digest
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.speech.phonemes import LONGEST_WORD, readings
 from p2pasr.speech.pretrained import Frontend, frontend
-from p2pasr.speech.shards import Clip, Features, Shard, read_shard
+from p2pasr.speech.shards import Clip, Features, Shard, read_shard, silence
 from p2pasr.speech.text import normalise
 from p2pasr.tasks.base import OnProgress
 from p2pasr.tasks.corruption import continuing_ids
@@ -314,6 +314,10 @@ class FeaturesTask(GradientTask[Example]):
             for shard in opened
             for clip in shard.clips
         ]
+
+    def example_of(self, seconds: float) -> Example:
+        """See :meth:`p2pasr.tasks.training.GradientTask.example_of`."""
+        return Example(silence(seconds, self.features.n_mels))
 
     def weight(self, example: Example) -> float:  # noqa: ARG002 (all count alike)
         """One."""

@@ -92,6 +92,13 @@ class GradientTask(Generic[E]):
         """Summed loss of some examples, a float32 scalar; random numbers are torch's, seeded for the segment."""
         raise NotImplementedError
 
+    def example_of(self, seconds: float) -> E | None:  # noqa: ARG002 (tasks that override it use it)
+        """A silent example with a clip of this length, by whose cost memory is planned.
+
+        None where it does not follow from the clip's length, as in models that pad all clips alike.
+        """
+        return None
+
     def before_step(self, step: int, total: int) -> None:
         """Set what else follows from where a step stands in the run, as the learning rate does; nothing here.
 
