@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from p2pasr.protocol.assignment import assign, segment_seed
 from p2pasr.protocol.manifest import RunManifest
+from p2pasr.protocol.tiers import EVERY, TIERS, trains
 
 from .builders import SHARDS, digest_of, make_identity, make_manifest, manifest_content
 
@@ -114,6 +115,43 @@ def test_one_peer_covers_each_shard_once_before_any_twice() -> None:
         covered.update(shard.hex() for shard in assign(manifest, digest_of(str(number)), covered, PEERS[0]))
     assert set(covered.values()) == {1}
     assert len(covered) == SHARDS
+
+
+CLIPS = (None, 3.0, 5.0, 5.001, 12.5, 30.0)
+"""Longest clips of the six shards."""
+MIXED = make_manifest(
+    rounds={"shards_per_peer": SHARDS},
+    shards=tuple(
+        {**shard, "longest": longest} for shard, longest in zip(manifest_content()["shards"], CLIPS, strict=True)
+    ),
+)
+tiers = st.sampled_from((EVERY, *TIERS))
+
+
+@given(states, peers, coverage, tiers)
+def test_a_peer_is_assigned_no_shard_beyond_its_tier_and_all_others_in_the_order_that_every_tier_has(
+    state: bytes, peer: str, covered: dict[str, int], tier: int
+) -> None:
+    lengths = {bytes.fromhex(shard.digest): shard.longest for shard in MIXED.shards}
+    everything = assign(MIXED, state, covered, peer)
+    assigned = assign(MIXED, state, covered, peer, tier=tier)
+    assert all((lengths[shard] or 0) <= tier for shard in assigned) or tier == EVERY
+    assert list(assigned) == [shard for shard in everything if trains(tier, lengths[shard])]
+
+
+@given(states, peers, coverage)
+def test_how_long_clips_are_changes_nothing_for_peers_that_train_every_shard(
+    state: bytes, peer: str, covered: dict[str, int]
+) -> None:
+    assert assign(MIXED, state, covered, peer) == assign(run_of(SHARDS), state, covered, peer)
+    assert assign(run_of(SHARDS), state, covered, peer, tier=TIERS[0]) == assign(run_of(SHARDS), state, covered, peer)
+
+
+@given(tiers, st.none() | st.floats(0, 100))
+def test_a_higher_tier_trains_whatever_a_lower_one_does(tier: int, longest: float | None) -> None:
+    higher = [each for each in TIERS if each > tier and tier != EVERY]
+    if trains(tier, longest):
+        assert all(trains(each, longest) for each in (*higher, EVERY))
 
 
 def test_the_seed_of_a_segment_depends_on_state_peer_and_number() -> None:

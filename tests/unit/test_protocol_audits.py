@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from math import sqrt
+from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pasr.protocol.audits import Duty, detection_probability, link_checkers, parts_to_reduce, segments_to_rerun
+from p2pasr.protocol.audits import (
+    Duty,
+    detection_probability,
+    draw_auditors,
+    link_checkers,
+    parts_to_reduce,
+    segments_to_rerun,
+)
 from p2pasr.protocol.manifest import VerifySection
 from p2pasr.protocol.messages import Claim, Signed, seal
+from p2pasr.protocol.tiers import EVERY, TIERS
 
 from .builders import digest_of, make_claim, make_identity, make_manifest, make_receipt, make_state
 
@@ -99,6 +110,51 @@ def test_at_links_1_every_claim_is_compared_with_its_delta_by_somebody_and_at_0_
     audited = {duty.statement for _, duty in duties(section, state)}
     assert link_checkers(section, state, CLAIMS, {}, {}).keys() | audited == {claim.digest for claim in CLAIMS}
     assert not link_checkers(VerifySection(rate=rate, auditors=auditors, links=0.0), state, CLAIMS, {}, {})
+
+
+LENGTHS = {digest_of("short").hex(): 4.0, digest_of("long").hex(): 12.0}
+tiers = st.sampled_from((EVERY, *TIERS))
+
+
+def in_tiers(stated: Sequence[int], shards: Sequence[bytes]) -> tuple[Signed[Claim], ...]:
+    """The claims of five peers, each in its tier; the first is about these shards."""
+    changes: list[dict[str, Any]] = [{"shards": tuple(shards)}, *({} for _ in PEERS[1:])]
+    made = zip(PEERS, stated, changes, strict=True)
+    return tuple(seal(who, make_claim(who, MANIFEST, STATE, tier=tier, **change)) for who, tier, change in made)
+
+
+@given(AFTERS, st.lists(tiers, min_size=5, max_size=5), st.integers(1, 4), st.randoms())
+def test_only_peers_whose_tier_is_high_enough_are_drawn_and_everybody_draws_the_same(
+    state: bytes, stated: list[int], auditors: int, chance: Random
+) -> None:
+    section = VerifySection(rate=1.0, auditors=auditors)
+    claims = in_tiers(stated, [digest_of("short"), digest_of("long"), digest_of("no clips")])
+    drawn = draw_auditors(section, state, claims[0], claims, {}, LENGTHS)
+    able = {who.peer for who, tier in zip(PEERS[1:], stated[1:], strict=True) if tier == EVERY or tier >= 12}
+    assert drawn.keys() <= able
+    assert len(drawn) == min(auditors, len(able))
+    shuffled = chance.sample(claims, len(claims))
+    assert drawn == draw_auditors(section, state, claims[0], shuffled, {}, LENGTHS)
+
+
+@given(AFTERS, st.lists(tiers, min_size=5, max_size=5))
+def test_a_claim_about_short_clips_is_audited_by_every_tier_whatever_it_states_itself(
+    state: bytes, stated: list[int]
+) -> None:
+    section = VerifySection(rate=1.0, auditors=4)
+    claims = in_tiers(stated, [digest_of("short"), digest_of("no clips")])
+    drawn = draw_auditors(section, state, claims[0], claims, {}, LENGTHS)
+    assert drawn.keys() == {who.peer for who in PEERS[1:]}
+
+
+@given(AFTERS, st.lists(st.sampled_from((5, 10)), min_size=4, max_size=4))
+def test_where_nobody_else_can_train_a_claims_shards_its_last_checkpoint_is_compared_instead(
+    state: bytes, stated: list[int]
+) -> None:
+    section = VerifySection(rate=1.0, links=1.0)
+    claims = in_tiers([EVERY, *stated], [digest_of("long")])
+    assert draw_auditors(section, state, claims[0], claims, {}, LENGTHS) == {}
+    assert claims[0].digest in link_checkers(section, state, claims, {}, LENGTHS)
 
 
 @given(AFTERS, st.integers(0, 5), AUDITORS)

@@ -6,11 +6,15 @@ import dataclasses
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from p2pasr.errors import Ignore, Reject, RemoteError
+from p2pasr.protocol.assignment import assign
 from p2pasr.protocol.cohorts import Cohort, cohort_of
 from p2pasr.protocol.messages import NO_UNDO, Claim, PartReceipt, Receipt, Signed, seal
 from p2pasr.protocol.rules import check_attestation, check_claim, check_part, check_receipts, check_roster
+from p2pasr.protocol.tiers import EVERY, TIERS
 
 from .builders import (
     GROUP,
@@ -64,6 +68,35 @@ def test_a_claim_that_breaks_a_rule_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         check_claim(make_claim(WHO, MANIFEST, STATE, **changes), VIEW)
+
+
+MIXED = make_manifest(
+    shards=tuple(
+        {**shard, "longest": longest}
+        for shard, longest in zip(manifest_content()["shards"], (None, 3.0, 5.0, 5.001, 12.5, 30.0), strict=True)
+    ),
+)
+MIXED_STATE = make_state(MIXED)
+
+
+@given(st.sampled_from((EVERY, *TIERS)), st.sampled_from((EVERY, *TIERS)))
+def test_c4_a_claim_names_the_shards_of_the_tier_that_it_states(stated: int, trained: int) -> None:
+    view = view_of(MIXED, MIXED_STATE)
+    shards = view.assigned(WHO.peer, trained)
+    claim = make_claim(WHO, MIXED, MIXED_STATE, tier=stated, shards=shards)
+    if shards == assign(MIXED, MIXED_STATE.digest, {}, WHO.peer, tier=stated):
+        check_claim(claim, view)
+        lengths = [MIXED.clip_lengths.get(shard.hex()) for shard in claim.shards]
+        assert stated == EVERY or all(length is None or length <= stated for length in lengths)
+    else:
+        with pytest.raises(Reject, match="names other shards"):
+            check_claim(claim, view)
+
+
+@given(st.integers(0, 255).filter(lambda tier: tier not in (EVERY, *TIERS)))
+def test_c4_a_tier_that_there_is_not_is_refused_even_where_it_changes_nothing(tier: int) -> None:
+    with pytest.raises(Reject, match=f"states tier {tier}; there are only 0, 5, 10, 15, 20, 30"):
+        check_claim(dataclasses.replace(CLAIM, tier=tier), VIEW)
 
 
 def test_c9_a_claim_counts_in_the_cohort_of_its_author_alone() -> None:
