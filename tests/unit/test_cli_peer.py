@@ -100,6 +100,7 @@ def test_what_is_no_peers_address_is_refused_with_an_example(fails: Failure, run
     [
         ("--threads", "0", "0"),
         ("--threads", "-2", "-2"),
+        ("--longest-clip", "0", "0"),
         ("--max-rounds", "0", "0"),
         ("--disk-gib", "0", "0"),
         ("--disk-gib", "nan", "nan"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 from p2pasr import tasks
 from p2pasr.errors import LocalError
 from p2pasr.peers.blobs import BlobStore
-from p2pasr.private import check_use, open_private, require_probed, require_shards
+from p2pasr.private import check_use, open_private, require_probed, require_shards, within
 from p2pasr.protocol.manifest import RunManifest
+from p2pasr.protocol.tiers import EVERY
 from p2pasr.runs import initial_state, new_run, shard_paths
 from p2pasr.speech.prepare import Settings, prepare
 from p2pasr.speech.shards import read_shard
@@ -47,6 +49,15 @@ def test_private_shards_that_others_are_served_are_refused(own: Path, store: Blo
     store.lend(path, digest)
     with pytest.raises(LocalError, match="is given to others too"):
         open_private(own, store)
+
+
+def test_a_peer_of_a_tier_keeps_those_private_shards_that_it_can_train(own: Path, store: BlobStore) -> None:
+    private = open_private(own, store)
+    assert set(private.longest.values()) == {0.6}
+    first, second = private.paths
+    mixed = replace(private, longest={first: 12.0, second: 5.0})
+    assert list(within(mixed, 5).paths) == [second]
+    assert within(mixed, EVERY) == mixed
 
 
 def test_a_damaged_private_shard_is_refused(own: Path, store: BlobStore) -> None:

@@ -369,6 +369,10 @@ def test_a_delta_of_too_many_parts_is_refused_with_the_size_that_parts_may_have(
         (("shards", 0, "seconds"), -1.0),
         (("shards", 0, "seconds"), 1e10),
         (("shards", 0, "dialect"), "x" * 65),
+        (("shards", 0, "longest"), 0.0),
+        (("shards", 0, "longest"), -1.0),
+        (("shards", 0, "longest"), 1e10),
+        (("shards", 0, "longest"), "5"),
         (("name",), ""),
         (("name",), "x" * 129),
         (("seed",), -1),
@@ -438,6 +442,7 @@ def test_a_manifest_of_a_hundred_thousand_shards_stays_under_the_limit() -> None
         "bytes": 1 << 40,
         "clips": 1 << 32,
         "dialect": "x" * 20,
+        "longest": 29.999,
     }
     assert len(pack([shard] * 100_000)) + 10_000 < MAX_MANIFEST_BYTES
 

@@ -100,6 +100,7 @@ def test_what_a_peer_says_of_its_audio_is_what_the_rules_accept(lengths: list[fl
         ({"seconds": 0.0}, "states 0 s of private audio; a claim counts for 1 to 300"),
         ({"seconds": CAP + 0.1}, "states 300.1 s of private audio"),
         ({"seconds": 1e15}, "of private audio"),
+        ({"tier": 5}, "states tier 5, and nobody sees how long private clips are"),
         ({"trace_root": digest_of("trace")}, "commits to checkpoints, which tell of private shards"),
     ],
 )

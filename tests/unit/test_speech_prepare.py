@@ -68,6 +68,7 @@ def test_every_recording_enters_a_shard_in_its_order(source: Path, tmp_path: Pat
     assert [shard.clips for shard in index.shards] == [2, 2, 1]
     assert index.clips == 5
     assert index.seconds == pytest.approx(3.0)
+    assert [shard.longest for shard in index.shards] == [0.6] * len(index.shards)
     assert [shard.dialect for shard in index.shards] == ["yue"] * 3
     assert index.refused == []
 

@@ -224,6 +224,14 @@ def test_shards_without_work_are_refused(tmp_path: Path) -> None:
         write_shards(tmp_path, [OwnShard({"x": np.zeros(1, np.float32)}, 1, 0.0)])
 
 
+def test_shards_say_how_long_their_longest_clip_is_if_they_have_any(tmp_path: Path) -> None:
+    content = {"x": np.zeros(1, np.float32)}
+    index = write_shards(tmp_path, [OwnShard(content, 1, 2.0), OwnShard(content, 1, 2.0, longest=7)])
+    assert [entry.longest for entry in index.shards] == [None, 7.0]
+    with pytest.raises(ValueError, match=r"^the longest clip of a shard cannot last nan s$"):
+        write_shards(tmp_path, [OwnShard(content, 1, 2.0, longest=float("nan"))])
+
+
 # --- the examples -------------------------------------------------------------------------------
 
 
