@@ -71,6 +71,7 @@ def test_a_claim_that_breaks_a_rule_is_refused(
 
 
 MIXED = make_manifest(
+    rounds={"shards_per_peer": 6},
     shards=tuple(
         {**shard, "longest": longest}
         for shard, longest in zip(manifest_content()["shards"], (None, 3.0, 5.0, 5.001, 12.5, 30.0), strict=True)
