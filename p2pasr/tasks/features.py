@@ -20,9 +20,9 @@ from p2pasr.speech.pretrained import Frontend, frontend
 from p2pasr.speech.shards import Clip, Features, Shard, read_shard, silence
 from p2pasr.speech.text import normalise
 from p2pasr.tasks.base import OnProgress
+from p2pasr.tasks.conv_transformer import EncoderConfig, SpeechEncoder, States
 from p2pasr.tasks.corruption import continuing_ids
 from p2pasr.tasks.determinism import reproducible, usable_device
-from p2pasr.tasks.encoder import EncoderConfig, SpeechEncoder, States
 from p2pasr.tasks.heads import (
     NOBODY,
     UNKNOWN,

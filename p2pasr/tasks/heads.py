@@ -18,8 +18,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from torch.nn.utils.rnn import pad_sequence
 
 from p2pasr.speech.shards import SPEAKER_HASH_BYTES, Clip
+from p2pasr.tasks.conv_transformer import SUBSAMPLING, EncoderConfig, States, TextModel
 from p2pasr.tasks.corruption import compared, corrupt, units_of, untouched
-from p2pasr.tasks.encoder import SUBSAMPLING, EncoderConfig, States, TextModel
 from p2pasr.tasks.noise import loudness, make_noisy, pooled, span_mask
 from p2pasr.tasks.scores import area_under_roc, calibration_error, confusion, equal_error_rate, misses_at
 from p2pasr.tasks.whisper import PREFIX_TOKENS

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from p2pasr.errors import LocalError
 from p2pasr.protocol.encoding import digest
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration
 
 
-class AdapterSettings(BaseModel):
+class AdapterSettings(WhisperTaskConfig):
     """What the `task.config` sections of tasks with adapters share."""
 
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
@@ -36,7 +36,7 @@ class AdapterSettings(BaseModel):
     gradient_checkpointing: bool = False
 
 
-class LoraTaskConfig(AdapterSettings, WhisperTaskConfig):
+class LoraTaskConfig(AdapterSettings):
     """The `task.config` section of a manifest whose task is `lora`."""
 
     average: Literal["factors", "frozen-a"] = "factors"
@@ -44,7 +44,19 @@ class LoraTaskConfig(AdapterSettings, WhisperTaskConfig):
     shares one A drawn from the run's seed and trains B: an exact average and half the bytes."""
 
 
-class LoraTask(WhisperTask):
+class AdapterTask(WhisperTask):
+    """A task whose adapters stand in a base that may be stored in fewer bits."""
+
+    config: AdapterSettings
+
+    @property
+    def hardware_class(self) -> str:
+        """See :attr:`p2pasr.tasks.base.Task.hardware_class`."""
+        precision = self.config.precision if self.config.quantise == "none" else self.config.quantise
+        return hardware_class(self.device, precision)
+
+
+class LoraTask(AdapterTask):
     """A Whisper model with adapters; implements :class:`p2pasr.tasks.base.Task` and :class:`p2pasr.tasks.base.Bounded`.
 
     Raises:
@@ -73,12 +85,6 @@ class LoraTask(WhisperTask):
         """See :meth:`p2pasr.tasks.whisper.WhisperTask.untrained`."""
         off: AbstractContextManager[Any] = self.model.disable_adapter()
         return off
-
-    @property
-    def hardware_class(self) -> str:
-        """See :attr:`p2pasr.tasks.base.Task.hardware_class`."""
-        precision = self.config.precision if self.config.quantise == "none" else self.config.quantise
-        return hardware_class(self.device, precision)
 
     def initial_params(self) -> Tensors:
         """A as peft draws it (uniform within 1/√fan-in, from the run's seed), B zero."""

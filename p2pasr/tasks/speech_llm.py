@@ -26,10 +26,9 @@ from p2pasr.speech.pretrained import file_digest, load, vocabulary_digest, weigh
 from p2pasr.speech.shards import Clip
 from p2pasr.tasks.augment import spec_augment
 from p2pasr.tasks.base import OnProgress
-from p2pasr.tasks.determinism import hardware_class
-from p2pasr.tasks.lora import AdapterSettings, adapters_of, initial_adapters, storage, with_adapters
+from p2pasr.tasks.lora import AdapterSettings, AdapterTask, adapters_of, initial_adapters, storage, with_adapters
 from p2pasr.tasks.training import fresh_params
-from p2pasr.tasks.whisper import IGNORED, WhisperTask, WhisperTaskConfig, load_whisper, padded, shorten, write_notes
+from p2pasr.tasks.whisper import IGNORED, WhisperTask, load_whisper, padded, shorten, write_notes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +41,7 @@ DECODED_AT_ONCE = 16
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
-class SpeechLlmConfig(AdapterSettings, WhisperTaskConfig):
+class SpeechLlmConfig(AdapterSettings):
     """The `task.config` section of a manifest whose task is `llm`; `model` is the Whisper whose encoder hears.
 
     `rank`, `alpha`, `dropout` and `targets` are of the adapters; `quantise` and `gradient_checkpointing` are of the
@@ -138,7 +137,7 @@ class SpeechLlm(nn.Module):
         return embeddings
 
 
-class SpeechLlmTask(WhisperTask):
+class SpeechLlmTask(AdapterTask):
     """A language model that learns to hear; implements :class:`p2pasr.tasks.base.Task` and its `Bounded`.
 
     Raises:
@@ -174,12 +173,6 @@ class SpeechLlmTask(WhisperTask):
         if config.projector is not None:
             changes["projector_weights"] = file_digest(_projector_file(config.projector))
         return WhisperTask.pin(config, model, shards).model_copy(update=changes)
-
-    @property
-    def hardware_class(self) -> str:
-        """See :attr:`p2pasr.tasks.base.Task.hardware_class`."""
-        precision = self.config.precision if self.config.quantise == "none" else self.config.quantise
-        return hardware_class(self.device, precision)
 
     def check(self, shards: Sequence[Path]) -> None:
         """Were these shards made for this encoder, and are their transcripts short enough?

@@ -16,8 +16,8 @@ from p2pasr.speech.metrics import error_rates
 from p2pasr.speech.phonemes import pronounce
 from p2pasr.speech.shards import Clip
 from p2pasr.speech.text import normalise
+from p2pasr.tasks.conv_transformer import EncoderConfig, States, TextModel
 from p2pasr.tasks.corruption import Corrupted, continuing_ids, corrupt, units_of, untouched
-from p2pasr.tasks.encoder import EncoderConfig, States, TextModel
 from p2pasr.tasks.heads import Example, Head, View, framed, padded_ids, text_tokens
 
 GUESSES = 5

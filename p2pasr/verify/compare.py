@@ -3,13 +3,16 @@
 The error is ‖re-run − claimed‖ / ‖claimed − start‖ over each group of arrays (parameters, first
 moments, …), in float64. A cosine would see nothing of a wrong learning rate. Between `close` and
 `far` nobody can tell honest rounding from a small cheat, and nobody is blamed.
+
+Where a group hardly moved, as at the end of a run, when the learning rate is next to nothing, the way is
+counted as :data:`LEAST_WAY` of the group's length: float32 rounds such steps to whole units in the last place.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf, sqrt
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +21,10 @@ from p2pasr.protocol.manifest import VerifySection
 from p2pasr.protocol.tensors import Tensors, forms
 
 Finding = Literal["same", "close", "unclear", "different"]
+
+LEAST_WAY: Final = 2.0**-20
+"""The shortest way that an error is measured by, as a share of a group's norm: eight units in the last place of
+float32, which two honest machines round differently in few values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +67,9 @@ def relative_errors(start: Tensors, claimed: Tensors, rerun: Tensors) -> dict[st
         names = [name for name in rerun if name.split("/")[0] == group]
         off = sqrt(sum(_square(rerun[name], claimed[name]) for name in names))
         moved = sqrt(sum(_square(claimed[name], start.get(name)) for name in names))
-        errors[group] = off / moved if moved > 0 else (inf if off > 0 else 0.0)
+        least = LEAST_WAY * sqrt(sum(_square(rerun[name], None) for name in names))
+        way = max(moved, least)
+        errors[group] = off / way if way > 0 else (inf if off > 0 else 0.0)
     return errors
 
 

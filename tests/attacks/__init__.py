@@ -1,15 +1,17 @@
 """Peers that cheat, and what becomes of them.
 
 `adversary.py` holds the cheats, `arena.py` a swarm of real members in one process, `test_arena.py` what becomes of each
-cheat in it, `test_processes.py` two of them as processes on a real DHT; `python -m benchmarks attacks` measures how
-soon. What is covered where (files without a folder are in `tests/unit`):
+cheat in it, `test_processes.py` two of them as processes on a real DHT, `test_every_task.py` free riders and flipped
+signs in every kind of task; `python -m benchmarks attacks` measures how soon. What is covered where (files without a
+folder are in `tests/unit`):
 
 =======================================================  ==========================================================
 attack                                                   tests
 =======================================================  ==========================================================
 zero delta, noise, sign flip ×1 ×10 ×1000, scaling,      test_arena: a_cheat_is_banned_in_the_round_after…, and
 fewer steps, easier shards, other batches, learning      without_audits_the_same_cheat_stays… as its control;
-rate, flipped labels, a reducer's wrong code             test_processes for the sign flip and a free rider
+rate, flipped labels, a reducer's wrong code             test_processes for the sign flip and a free rider, and
+                                                         test_every_task for both in every kind of task
 a value that moved further than training can             test_protocol_rules: d1_…, test_averaging_allreduce:
                                                          a_sender_that_moved_a_value_further…
 A Little Is Enough, inner product, time-coupled          test_averaging_rules and `benchmarks robustness` for

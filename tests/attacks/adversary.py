@@ -123,6 +123,25 @@ def nothing_at_all(_task: Task, start: Checkpoint, _shards: Any, plan: SegmentPl
     return dataclasses.replace(start, step=start.step + plan.steps), SegmentReport(1.0, 1)
 
 
+def dressed_up(task: Task, start: Checkpoint, shards: Any, plan: SegmentPlan) -> Trained:
+    """The same, with moments such as gradients of chance leave behind in AdamW."""
+    end, report = nothing(task, start, shards, plan)
+    rng = np.random.default_rng(list(plan.seed))
+    moments: Tensors = {}
+    for name, value in start.params.items():
+        gradient = rng.normal(0.0, 1e-2, value.shape).astype(np.float32)
+        moments[f"{name}/exp_avg"] = np.float32(0.1) * gradient
+        moments[f"{name}/exp_avg_sq"] = np.float32(1e-3) * gradient**2
+    return dataclasses.replace(end, moments=moments), report
+
+
+def mirrored(task: Task, start: Checkpoint, shards: Any, plan: SegmentPlan) -> Trained:
+    """Trains as it should and ends as far on the other side of where it started."""
+    end, report = task.segment(start, shards, plan)
+    params = {name: start.params[name] - (value - start.params[name]) for name, value in end.params.items()}
+    return dataclasses.replace(end, params=params), report
+
+
 def one_step_less(task: Task, start: Checkpoint, shards: Any, plan: SegmentPlan) -> Trained:
     """Skips the last step of each segment."""
     end, report = task.segment(start, shards, dataclasses.replace(plan, steps=plan.steps - 1))

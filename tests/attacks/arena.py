@@ -36,6 +36,7 @@ from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import Receipt, Signed, seal
 from p2pasr.protocol.state import State, genesis, params_digest
 from p2pasr.report import Report
+from p2pasr.tasks.base import Task
 from p2pasr.verify.evidence import Proof, unpack_proof
 from p2pasr.verify.openings import Openings
 from tests.attacks.tiny import TinyTask
@@ -44,6 +45,20 @@ from tests.unit.builders import LocalNetwork, make_identity, make_manifest
 SHARDS = 8
 Attack = Callable[[pytest.MonkeyPatch], None]
 """Makes a cheat of the peer in whose turn it is called."""
+
+
+@dataclass(frozen=True)
+class World:
+    """What a run trains, and on what.
+
+    Attributes:
+        make: makes the run's task anew, as each peer does.
+        shards: digest → file.
+    """
+
+    manifest: RunManifest
+    make: Callable[[], Task]
+    shards: dict[bytes, Path]
 
 
 class ArenaReport(Report):
@@ -115,17 +130,25 @@ class Arena:
 
     Args:
         attacks: of the members' positions, how each cheats; the others are honest.
-        changes: to the manifest, see `make_manifest`; with `data: {policy: private}` each member has shards of its own.
+        world: what they train; the classifier if None.
+        changes: to the classifier's manifest, see `make_manifest`; with `data: {policy: private}` each member has
+            shards of its own.
     """
 
-    def __init__(self, folder: Path, peers: int, attacks: dict[int, Attack] | None = None, **changes: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        peers: int,
+        attacks: dict[int, Attack] | None = None,
+        world: World | None = None,
+        **changes: Any,
+    ) -> None:
         self._folder = folder
         self._patch = pytest.MonkeyPatch()
         for module in (blobs, journal):
             self._patch.setattr(module, "sync", lambda _path: None)  # nobody cuts the power here
-        self.task = TinyTask()
-        self.shards = _write_shards(folder / "shards")
-        self.manifest = _manifest(self.shards, self.task, changes)
+        world = world or _tiny_world(folder / "shards", changes)
+        self.manifest, self.task, self.shards = world.manifest, world.make(), world.shards
         self._loop = asyncio.new_event_loop()
         self._network = LocalNetwork(folder, self.manifest.run_id)
         self._journals: list[Journal] = []
@@ -302,6 +325,11 @@ async def _reduce_share(
     return seal(
         member.identity, Receipt(state.run, member.peer, state.round, state.digest, members.group, digests, parts)
     )
+
+
+def _tiny_world(folder: Path, changes: dict[str, Any]) -> World:
+    shards = _write_shards(folder)
+    return World(_manifest(shards, TinyTask(), changes), TinyTask, shards)
 
 
 def _write_shards(folder: Path) -> dict[bytes, Path]:

@@ -49,7 +49,7 @@ from p2pasr.tasks.student import (
 from p2pasr.tasks.whisper import pick_layers
 
 from .conftest import MODEL, plan, start_of
-from .test_tasks_contract import CTC, DISTIL, STUDENT
+from .every_kind import CTC, DISTIL, STUDENT
 
 Shards = Sequence[Path]
 

@@ -79,7 +79,31 @@ def test_another_learning_rate_is_seen_although_the_direction_is_the_same() -> N
 
 
 def test_a_segment_that_claims_to_have_gone_nowhere_is_another() -> None:
-    assert compare(START, {**end(), **START}, end(), SECTION).error == inf
+    assert compare(START, {**end(), **START}, end(), SECTION).finding == "different"
+
+
+def weights(seed: int, step: float, off: float = 0.0) -> Tensors:
+    """Weights after a step of this length each, which another machine computes with a relative error of `off`."""
+    draw = np.random.default_rng(seed)
+    value, sign = draw.normal(0.0, 0.05, 20_000).astype(np.float32), draw.choice([-1.0, 1.0], 20_000)
+    error = 1.0 + off * np.random.default_rng(seed + 1).normal(size=20_000)
+    return {"param/a": (value + (step * sign * error).astype(np.float32)).astype(np.float32)}
+
+
+@given(st.integers(0, 1 << 20), st.floats(-14, -3))
+def test_what_another_machine_rounds_otherwise_is_never_blamed_however_short_the_steps_are(
+    seed: int, exponent: float
+) -> None:
+    step = 10.0**exponent
+    found = compare(weights(seed, 0.0), weights(seed, step), weights(seed, step, 3e-4), VerifySection())
+    assert found.finding != "different"
+
+
+@given(st.integers(0, 1 << 20), st.floats(-8, -3))
+def test_who_moved_nothing_or_the_other_way_is_blamed_where_there_was_a_way(seed: int, exponent: float) -> None:
+    start, trained = weights(seed, 0.0), weights(seed, 10.0**exponent)
+    for claimed in (start, weights(seed, -(10.0**exponent))):
+        assert compare(start, claimed, trained, VerifySection()).finding == "different"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from p2pasr.speech.pretrained import Frontend
-from p2pasr.tasks.encoder import SUBSAMPLING, EncoderConfig, SpeechEncoder, States, TextModel
+from p2pasr.tasks.conv_transformer import SUBSAMPLING, EncoderConfig, SpeechEncoder, States, TextModel
 from p2pasr.tasks.features import FeaturesModel, FeaturesTaskConfig
 from p2pasr.tasks.heads import Sound
 
