@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Final, TypeVar
 
-from p2pasr.auditing import convict
+from p2pasr.accusing import convict
 from p2pasr.errors import Reject, TransportError
 from p2pasr.member import Averaged, Member, Result
 from p2pasr.peers import sync as syncing

@@ -8,53 +8,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
+from p2pasr.accusing import convict, hear
 from p2pasr.averaging.codec import Layout
 from p2pasr.canonical import settle
-from p2pasr.errors import LocalError, NonFiniteStep, P2pasrError, Reject, RemoteError, TransportError
-from p2pasr.having import fetch_shards, shard_path
-from p2pasr.peers.blobs import Kind
-from p2pasr.private import require_probed
+from p2pasr.errors import RemoteError, TransportError
 from p2pasr.protocol.audits import Duty, draw_auditors, link_checker, link_checkers, parts_to_reduce, segments_to_rerun
-from p2pasr.protocol.encoding import MEBIBYTE, blob_digest
-from p2pasr.protocol.manifest import RunManifest
-from p2pasr.protocol.messages import (
-    MAX_AGAINST,
-    MAX_FINDINGS,
-    Accusation,
-    Audit,
-    Charge,
-    Claim,
-    Commitment,
-    Finding,
-    Signed,
-    commit_to,
-    seal,
-    unseal,
-)
+from p2pasr.protocol.encoding import blob_digest
+from p2pasr.protocol.messages import MAX_FINDINGS, Audit, Claim, Commitment, Finding, Signed, commit_to, seal, unseal
 from p2pasr.protocol.signing import short
-from p2pasr.protocol.state import State, max_state_bytes, parse_state
-from p2pasr.protocol.tensors import Tensors, forms
-from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, Task
+from p2pasr.protocol.state import State, parse_state
+from p2pasr.rerunning import fetch, judge_of, max_checkpoint_bytes, train_again
 from p2pasr.verify.evidence import (
-    MAX_PROOF_BYTES,
-    Judge,
     LinkProof,
     Opening,
     ProbeProof,
-    Proof,
     ReductionProof,
     SegmentProof,
-    Undecided,
     compare_ends,
     delta_of,
-    pack_proof,
     reduce_again,
-    unpack_proof,
 )
 from p2pasr.verify.openings import prove_part
 from p2pasr.verify.record import RoundRecord, read_record
@@ -64,9 +40,6 @@ if TYPE_CHECKING:
 
 OPEN_SECONDS: Final = 60.0
 """How long an opening, or one part of a delta, may take."""
-
-BLOB_SECONDS: Final = 600.0
-"""How long a checkpoint or a proof may take."""
 
 MAX_ERROR: Final = 1e15
 """What stands for an infinite error in a record."""
@@ -401,59 +374,6 @@ def open_delta(member: Member, claim: Signed[Claim]) -> bytes:
     return b"".join(part["data"] for part in parts)
 
 
-def train_again(member: Member, claim: Claim, segment: int, before: State, start: bytes | None) -> bytes:
-    """One segment of a claim, trained here.
-
-    Args:
-        before: the state that the claim starts from.
-        start: the packed checkpoint before it; None for the first.
-
-    Returns:
-        The packed checkpoint at its end.
-
-    Raises:
-        LocalError: this peer's memory is not enough for its shards.
-    """
-    if not member.can_train(claim):
-        raise LocalError(f"the shards of {short(claim.peer)} have clips of more than {member.tier} s")
-    fetch_shards(member, claim.shards)
-    paths = [shard_path(member, shard) for shard in claim.shards]
-    return train_segment(member.task, member.manifest, claim, segment, before, start, paths, None)
-
-
-def train_segment(
-    task: Task,
-    manifest: RunManifest,
-    claim: Claim,
-    segment: int,
-    before: State,
-    start: bytes | None,
-    shards: Sequence[Any],
-    on_step: OnStep | None,
-) -> bytes:
-    """The packed checkpoint at the end of one segment of a claim, by the task itself.
-
-    Raises:
-        Reject: the task cannot go on from the checkpoint that the claim's author committed to, or a step was not
-            finite, after which nobody claims anything.
-    """
-    begin = Checkpoint(before.params) if start is None else Checkpoint.unpack(start)
-    if forms(begin.params) != forms(before.params):
-        raise Reject(f"the checkpoint before segment {segment + 1} holds other parameters than this run trains")
-    plan = SegmentPlan.of(manifest.rounds, claim.round, claim.state, claim.peer, segment)
-    try:
-        end, _ = task.segment(begin, shards, plan, on_step)
-    except NonFiniteStep as error:
-        raise Reject(f"segment {segment + 1}, trained again, comes to no end: {error}") from error
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if start is None:
-            raise
-        raise Reject(
-            f"segment {segment + 1} cannot be trained from the checkpoint before it ({type(error).__name__})"
-        ) from error  # its moments are a stranger's
-    return end.pack()
-
-
 def check_part_of(member: Member, before: State, record: RoundRecord, duty: Duty) -> Finding:
     """Reduce one part of a reducer's share again, bit for bit, from what its senders committed to.
 
@@ -489,132 +409,3 @@ def _own_part(member: Member, number: int, claim: Claim, index: int) -> tuple[by
     if path is None:
         raise TransportError("this peer's own delta is kept no longer")
     return prove_part(path, Layout.of(member.manifest.parameters, member.manifest.averaging), claim, index)
-
-
-# --- proofs -----------------------------------------------------------------------------------------
-
-
-def convict(member: Member, proof: Proof, sentence: str) -> None:
-    """Keep a proof that was checked, offer it to others and speak against its accused from the next claim on.
-
-    Args:
-        sentence: what it proves.
-    """
-    packed = pack_proof(proof)
-    digest = member.store.put("proof", packed)
-    path = member.journal.prove(f"{proof.round:08d}-{proof.kind}-{proof.accused}", packed)
-    member.proved.add(proof.accused)
-    member.charges[proof.accused] = Charge(proof.accused, digest, len(packed))
-    charges = tuple(list(member.charges.values())[-MAX_AGAINST:])
-    accusation = seal(member.identity, Accusation(member.state.run, member.peer, charges))
-    member.records.announce_accusation(accusation, member.cohort)
-    member.report.emit(
-        "evidence", f"{sentence}; the proof is {path}", peer=proof.accused, kind=proof.kind, path=str(path)
-    )
-
-
-def hear(member: Member) -> None:
-    """Read the proofs that others say they have, and check them before anything follows from one.
-
-    To check one can take as long as to train a segment. So only peers are heard of which work was merged, for keys are
-    free; and whoever was heard once with a proof that proves nothing is not heard again. The accusation is signed and
-    names the proof's digest, so that a proof that no honest peer makes is a reason for a strike, of which there are
-    enough only if the accused checks it too.
-    """
-    try:
-        accusations = member.records.accusations(member.cohort)
-    except TransportError as error:  # what was trained meanwhile is not lost for it
-        member.report.warn(f"whether anybody holds a proof is not known: {error}")
-        return
-    for accuser, accusation in accusations.items():
-        for charge in accusation.message.charges:
-            if accuser in member.distrusted or accuser in member.state.bans or accuser not in member.state.credit:
-                break
-            known = charge.accused in member.proved or was_banned_long_ago(member, charge.accused)
-            if known or accuser == member.peer or charge.proof in member.heard:
-                continue
-            member.heard.add(charge.proof)
-            try:
-                packed = fetch(member, "proof", charge.proof, max_proof_bytes(member.manifest), accuser)
-            except RemoteError as error:  # other bytes than the accusation names, perhaps another's
-                member.distrusted.add(accuser)
-                member.report.warn(f"{short(accuser)} accuses {short(charge.accused)} and gives no proof: {error}")
-                continue
-            except (TransportError, LocalError) as error:
-                member.heard.discard(charge.proof)
-                member.report.warn(f"a proof against {short(charge.accused)} cannot be had yet: {error}")
-                continue
-            try:
-                proof = unpack_proof(packed)
-                if proof.accused != charge.accused:
-                    raise Reject("it is about another peer")
-                sentence = proof.check(judge_of(member))
-            except (TransportError, LocalError) as error:
-                member.heard.discard(charge.proof)
-                member.report.warn(f"a proof against {short(charge.accused)} cannot be checked yet: {error}")
-            except P2pasrError as error:  # so that nobody costs us more than one check in vain
-                member.distrusted.add(accuser)
-                member.report.warn(
-                    f"{short(accuser)} accuses {short(charge.accused)} without proof and is not heard again: {error}"
-                )
-                if isinstance(error, Reject) and not isinstance(error, Undecided):
-                    note_strike(member, accuser)
-            else:
-                if proof.accused == member.peer:
-                    member.report.warn(f"{short(accuser)} holds a proof against this peer: {sentence}")
-                else:
-                    convict(member, proof, sentence)
-
-
-def was_banned_long_ago(member: Member, peer: str) -> bool:
-    """Whether a peer was banned so long ago that nobody need hold a proof of it who joins now.
-
-    Of a fresh ban everybody keeps a proof, also who was not in the round that banned.
-    """
-    banned = member.state.bans.get(peer)
-    return banned is not None and banned < member.state.round - member.manifest.retention.checkpoint_rounds
-
-
-def note_strike(member: Member, peer: str) -> None:
-    """Name a peer for a strike in the claims of this round and the next: not all see what it did in the same."""
-    member.strikes[peer] = member.state.round
-
-
-def judge_of(member: Member) -> Judge:
-    """What this peer checks proofs with."""
-
-    def rerun(claim: Claim, segment: int, before: State, start: bytes | None) -> bytes:
-        return train_again(member, claim, segment, before, start)
-
-    return Judge(member.manifest, member.like, rerun, lambda params: probe_loss(member, params))
-
-
-def probe_loss(member: Member, params: Tensors) -> float:
-    """The task's loss of parameters on the run's probe.
-
-    Raises:
-        LocalError: the task has none.
-    """
-    shards = [bytes.fromhex(shard.digest) for shard in member.manifest.shards]
-    fetch_shards(member, shards)
-    return require_probed(member.task).probe_loss(params, [shard_path(member, shard) for shard in shards])
-
-
-def fetch(member: Member, kind: Kind, digest: bytes, most: int, peer: str, until: float = inf) -> bytes:
-    """A blob, from a peer that is said to have it."""
-    seconds = min(BLOB_SECONDS, max(1.0, until - time.monotonic()))
-    member.link.call("fetch", seconds, digest=digest, kind=kind, max_bytes=most, peers=[peer])
-    return member.store.get(digest)
-
-
-def max_checkpoint_bytes(manifest: RunManifest) -> int:
-    """The longest blob that can be a checkpoint: parameters, at most three moments of four bytes, and a header."""
-    return 4 * 4 * manifest.parameters + 16 * MEBIBYTE
-
-
-def max_proof_bytes(manifest: RunManifest) -> int:
-    """The longest blob that can be a proof: a state, two checkpoints or a part of each member, and statements."""
-    layout = Layout.of(manifest.parameters, manifest.averaging)
-    parts = manifest.averaging.max_group * layout.part_bytes(0)
-    rest = max(2 * max_checkpoint_bytes(manifest), parts) + 4 * MEBIBYTE
-    return min(MAX_PROOF_BYTES, max_state_bytes(manifest) + rest)

@@ -8,7 +8,6 @@ from typing import Final
 
 import numpy as np
 
-from p2pasr.auditing import probe_loss
 from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.partfile import PartFile
 from p2pasr.averaging.rules import norm
@@ -17,6 +16,7 @@ from p2pasr.member import Member
 from p2pasr.peers.blobs import file_digest
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.tensors import Tensors
+from p2pasr.rerunning import probe_loss
 from p2pasr.tasks.base import Bounded
 from p2pasr.verify.probe import measure
 

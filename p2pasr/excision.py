@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from p2pasr.auditing import BLOB_SECONDS
 from p2pasr.averaging import rules
 from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.partfile import PartFile
@@ -23,6 +22,7 @@ from p2pasr.protocol.admission import newcomers
 from p2pasr.protocol.messages import NO_UNDO, Claim
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import parse_state, undone
+from p2pasr.rerunning import BLOB_SECONDS
 from p2pasr.verify.record import RoundRecord, read_record
 from p2pasr.verify.undo import MergedRound, Undo, is_merged, max_undo_bytes, read_undo, undo_of
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from p2pasr.agreeing import attestations_around
-from p2pasr.auditing import Opened, check_on_probe, check_opened, check_part_of, fetch, open_segment, unavailable
+from p2pasr.auditing import Opened, check_on_probe, check_opened, check_part_of, open_segment, unavailable
 from p2pasr.errors import RemoteError, TransportError
 from p2pasr.member import Member
 from p2pasr.peers.sync import fetch_state
@@ -25,6 +25,7 @@ from p2pasr.protocol.messages import Attestation, Claim, Finding, Signed
 from p2pasr.protocol.rules import view_of
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, mix_due
+from p2pasr.rerunning import fetch
 from p2pasr.verify.record import MAX_RECORD_BYTES, RoundRecord, check_record
 
 POLL_SECONDS: Final = 1.0

@@ -16,6 +16,7 @@ from typing import Final
 
 import numpy as np
 
+from p2pasr.accusing import hear
 from p2pasr.agreeing import (
     ATTEMPTS,
     EXCHANGE_PATIENCE,
@@ -32,7 +33,7 @@ from p2pasr.agreeing import (
     tell_what_is_left,
     what_holds,
 )
-from p2pasr.auditing import check_last_round, hear, offer
+from p2pasr.auditing import check_last_round, offer
 from p2pasr.averaging import outer
 from p2pasr.averaging.codec import Decoded, Flat, Layout
 from p2pasr.averaging.merkle import Tree

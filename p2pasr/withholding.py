@@ -13,16 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from p2pasr.auditing import (
-    OPEN_SECONDS,
-    check_on_probe,
-    check_opened,
-    check_part_of,
-    note_strike,
-    open_segment,
-    record_of,
-    tell,
-)
+from p2pasr.accusing import note_strike
+from p2pasr.auditing import OPEN_SECONDS, check_on_probe, check_opened, check_part_of, open_segment, record_of, tell
 from p2pasr.errors import RemoteError, TransportError
 from p2pasr.protocol.audits import Duty, draw_auditors, link_checker, parts_to_reduce
 from p2pasr.protocol.messages import Claim, Signed

@@ -80,11 +80,11 @@ def check(
 
 def _training_judge(manifest: RunManifest, shards: Path, device: str, model: str | None) -> Judge:
     from p2pasr import runs
-    from p2pasr.auditing import train_segment
     from p2pasr.private import require_probed
     from p2pasr.protocol.messages import Claim
     from p2pasr.protocol.state import State
     from p2pasr.protocol.tensors import Tensors
+    from p2pasr.rerunning import train_segment
     from p2pasr.verify.evidence import Judge
 
     task = runs.build_task(manifest, device, model)

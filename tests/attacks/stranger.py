@@ -6,12 +6,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from p2pasr.auditing import train_segment
 from p2pasr.private import require_probed
 from p2pasr.protocol.manifest import RunManifest, read_manifest
 from p2pasr.protocol.messages import Claim
 from p2pasr.protocol.state import State
 from p2pasr.protocol.tensors import Tensors
+from p2pasr.rerunning import train_segment
 from p2pasr.runs import build_task
 from p2pasr.speech.prepare import read_index
 from p2pasr.tasks.base import Task

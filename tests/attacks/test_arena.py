@@ -17,8 +17,8 @@ import pytest
 
 from p2pasr import auditing, excision, withholding
 from p2pasr import round as story
+from p2pasr.accusing import convict
 from p2pasr.agreeing import attestations
-from p2pasr.auditing import convict
 from p2pasr.averaging import rules
 from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.rules import weights

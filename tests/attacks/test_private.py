@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from p2pasr.auditing import check_on_probe, judge_of
+from p2pasr.auditing import check_on_probe
 from p2pasr.errors import P2pasrError, Reject, TransportError
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.messages import seal
 from p2pasr.protocol.rules import RoundView, check_claim
 from p2pasr.protocol.tensors import Tensors
+from p2pasr.rerunning import judge_of
 from p2pasr.verify import openings
 from p2pasr.verify.evidence import ProbeProof, pack_proof
 from tests.attacks import adversary

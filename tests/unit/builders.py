@@ -14,7 +14,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hivemind.p2p import P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
-from p2pasr.auditing import train_segment
 from p2pasr.averaging import rules
 from p2pasr.averaging.codec import Flat, Layout, Vector
 from p2pasr.averaging.merkle import Tree, part_digests
@@ -43,6 +42,7 @@ from p2pasr.protocol.rules import view_of as round_view
 from p2pasr.protocol.state import State, genesis, params_digest
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.protocol.tiers import EVERY
+from p2pasr.rerunning import train_segment
 from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, SegmentReport
 from p2pasr.verify.record import RoundRecord
 

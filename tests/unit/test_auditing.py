@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from p2pasr.auditing import train_segment
 from p2pasr.errors import NonFiniteStep, Reject
 from p2pasr.protocol.tensors import pack_tensors, unpack_tensors
+from p2pasr.rerunning import train_segment
 from p2pasr.tasks import Checkpoint
 from p2pasr.tasks.base import SegmentReport
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from p2pasr import runs
-from p2pasr.auditing import train_segment
 from p2pasr.averaging.codec import Flat, Layout
 from p2pasr.averaging.merkle import Tree, part_digests
 from p2pasr.averaging.rules import norm
@@ -26,6 +25,7 @@ from p2pasr.peers.journal import Journal
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import Audit, Finding, Signed, seal
 from p2pasr.protocol.state import State, advance
+from p2pasr.rerunning import train_segment
 from p2pasr.tasks import Checkpoint, Task
 from p2pasr.verify.conflict import Conflict
 from p2pasr.verify.evidence import ConflictProof, LinkProof, Opening, ProbeProof, Proof, SegmentProof, pack_proof

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pasr import tasks, tiers
-from p2pasr.auditing import train_again
 from p2pasr.errors import LocalError
 from p2pasr.member import Member
 from p2pasr.peers.blobs import BlobStore
@@ -21,6 +20,7 @@ from p2pasr.peers.journal import Journal
 from p2pasr.plan import GIB
 from p2pasr.protocol.tiers import EVERY, TIERS, trains
 from p2pasr.report import Report
+from p2pasr.rerunning import train_again
 from p2pasr.tasks.training import GradientTask
 from p2pasr.tiers import Choice, by_hand, by_memory, choose, step_bytes
 

@@ -12,8 +12,9 @@ import pytest
 
 from p2pasr import round as story
 from p2pasr import withholding
+from p2pasr.accusing import note_strike
 from p2pasr.agreeing import hold
-from p2pasr.auditing import kept_traces, note_strike, offer
+from p2pasr.auditing import kept_traces, offer
 from p2pasr.member import Member
 from p2pasr.peers.blobs import BlobStore
 from p2pasr.peers.journal import Journal, Pending
