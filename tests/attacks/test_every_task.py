@@ -33,7 +33,7 @@ from tests.attacks.stranger import verdict
 from tests.unit.every_kind import CONFIGS, kind_of, with_folders
 
 SEGMENTS = 2
-ROUNDS = {"rounds": 3, "segments": SEGMENTS, "steps_per_segment": 2, "samples_per_step": 2, "shards_per_peer": 1}
+ROUNDS = {"rounds": 3, "segments": SEGMENTS, "steps_per_segment": 1, "samples_per_step": 2, "shards_per_peer": 1}
 
 
 @dataclass(frozen=True)
