@@ -100,8 +100,8 @@ def _window(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from benchmarks.window import measure, speeds
 
     if arguments.speed:
-        return [asdict(row) for row in speeds(arguments.turns)]
-    return [asdict(row) for row in measure(arguments.seeds, arguments.turns)]
+        return [asdict(row) for row in speeds(arguments.turns or 2)]
+    return [asdict(row) for row in measure(arguments.seeds, arguments.turns or 40)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "window", help="recordings of 5 s in a window of 30 s and in one of 5 s (about 15 minutes a seed)"
     )
     window.add_argument("--seeds", type=int, nargs="+", default=[0])
-    window.add_argument("--turns", type=int, default=40, help="of five steps each")
+    window.add_argument("--turns", type=int, help="of five steps each; default: 40, with --speed 2")
     window.add_argument("--speed", action="store_true", help="only time steps, also of a model of whisper-tiny's shape")
     window.set_defaults(run=_window, title="recordings of 5 s in a window of 30 s and in one of 5 s")
 
