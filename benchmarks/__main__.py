@@ -96,6 +96,14 @@ def _excision(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return [asdict(row) for row in measure(arguments.peers)]
 
 
+def _window(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from benchmarks.window import measure, speeds
+
+    if arguments.speed:
+        return [asdict(row) for row in speeds(arguments.turns or 2)]
+    return [asdict(row) for row in measure(arguments.seeds, arguments.turns or 40)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -169,6 +177,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     excision = kinds.add_parser("excision", help="how much of the harm a ban takes out of the parameters again")
     excision.add_argument("--peers", type=int, nargs="+", default=[4, 8], help="of which one cheats")
     excision.set_defaults(run=_excision, title="held-out loss of a tiny classifier, one of whose members cheats")
+
+    window = kinds.add_parser(
+        "window", help="recordings of 5 s in a window of 30 s and in one of 5 s (about 15 minutes a seed)"
+    )
+    window.add_argument("--seeds", type=int, nargs="+", default=[0])
+    window.add_argument("--turns", type=int, help="of five steps each; default: 40, with --speed 2")
+    window.add_argument("--speed", action="store_true", help="only time steps, also of a model of whisper-tiny's shape")
+    window.set_defaults(run=_window, title="recordings of 5 s in a window of 30 s and in one of 5 s")
 
     for kind in kinds.choices.values():
         kind.add_argument("--json", action="store_true", help="print JSON instead of a table")

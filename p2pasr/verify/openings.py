@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -46,6 +47,9 @@ OTHER_HOLDERS: Final = 2
 MAX_WAY: Final = 64
 """Siblings on the way to a root."""
 
+DELTAS_HASHED: Final = 16
+"""Deltas whose parts' digests are kept, 256 KiB each at most, so that parts asked for in turn read the file once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Offer:
@@ -76,6 +80,7 @@ class Openings:
         self._host: Host
         self._offers: dict[bytes, Offer] = {}
         self._offered = asyncio.Condition()
+        self._digests: dict[bytes, tuple[bytes, ...]] = {}  # root of a delta → digests of its parts, the latest last
 
     async def start(self, host: Host) -> None:
         """Register on a host."""
@@ -295,9 +300,20 @@ class Openings:
         path = self._host.store.find(offer.delta)
         if path is None:
             raise TransportError("this delta is kept no longer")
-        data, proof = await asyncio.to_thread(prove_part, path, layout, offer.claim.message, index)
+        claim = offer.claim.message
+        if (digests := self._digests.get(claim.delta_root)) is None:
+            digests = await asyncio.to_thread(part_digests_of, path, layout)
+            self._remember(claim, digests)
+        data, proof = await asyncio.to_thread(prove_part, path, layout, claim, index, digests)
         await stream.send({"proof": proof})
         await stream.send_frame(data)
+
+    def _remember(self, claim: Claim, digests: tuple[bytes, ...]) -> None:
+        if Tree.of("delta", claim).root(digests) != claim.delta_root:  # of a file that is damaged, and may be replaced
+            return
+        self._digests[claim.delta_root] = digests
+        if len(self._digests) > DELTAS_HASHED:
+            del self._digests[next(iter(self._digests))]
 
     async def _give_delta(self, stream: Stream, offer: Offer) -> None:
         _check_reader(stream.peer, offer)
@@ -319,11 +335,34 @@ def _check_reader(peer: str, offer: Offer) -> None:
         raise TransportError("what was made of private shards is given to those who were in its round only")
 
 
-def prove_part(path: Path, layout: Layout, claim: Claim, index: int) -> tuple[bytes, tuple[bytes, ...]]:
-    """One part of a stored delta, and its way to the claim's root."""
+def part_digests_of(path: Path, layout: Layout) -> tuple[bytes, ...]:
+    """Digests of the parts of a stored delta, all of which is read.
+
+    Raises:
+        TransportError: it is gone.
+    """
     try:
         with PartFile(path, layout) as delta:
-            digests = [blob_digest(delta.read(at)) for at in range(layout.parts)]
+            return tuple(blob_digest(delta.read(at)) for at in range(layout.parts))
+    except LocalError as error:
+        raise TransportError("this delta is kept no longer") from error
+
+
+def prove_part(
+    path: Path, layout: Layout, claim: Claim, index: int, digests: Sequence[bytes] | None = None
+) -> tuple[bytes, tuple[bytes, ...]]:
+    """One part of a stored delta, and its way to the claim's root.
+
+    Args:
+        digests: those of all parts, where they are known; the whole file is read otherwise.
+
+    Raises:
+        TransportError: the delta is gone.
+    """
+    if digests is None:
+        digests = part_digests_of(path, layout)
+    try:
+        with PartFile(path, layout) as delta:
             return delta.read(index), Tree.of("delta", claim).prove(digests, index)
     except LocalError as error:
         raise TransportError("this delta is kept no longer") from error

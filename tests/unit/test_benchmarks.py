@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Mapping
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +23,8 @@ from benchmarks.attacks import (
 )
 from benchmarks.chaos import Commit, divergent, rounds_to_be_back
 from benchmarks.links import lengths_of_steps
+from benchmarks.window import MODEL, lengthened, spaced
+from p2pasr.tasks.whisper import load_whisper, shorten
 
 LINEAGES = st.dictionaries(st.integers(0, 9), st.binary(min_size=1, max_size=1))
 
@@ -110,3 +116,25 @@ def test_an_audit_lasts_from_its_step_to_what_it_found() -> None:
     told += [("step", "training", 6.0), ("step", "training segment 2 of …y again", 7.0), ("audit", "segment", 9.0)]
     events = [{"event": kind, "message": text, "what": text, "time": time} for kind, text, time in told]
     assert audit_seconds(events) == 5.0
+
+
+@given(lengths=st.lists(st.integers(0, 20), max_size=5), free=st.integers(0, 30), seed=st.integers(0, 99))
+def test_spaced_pieces_keep_their_order_and_only_silence_is_added(lengths: list[int], free: int, seed: int) -> None:
+    ends = np.cumsum([0, *lengths])
+    pieces = [np.arange(start, end, dtype=np.float32) + 1 for start, end in itertools.pairwise(ends)]
+    out = spaced(pieces, sum(lengths) + free, random.Random(seed))
+    assert len(out) == sum(lengths) + free
+    assert out[out != 0].tolist() == list(range(1, sum(lengths) + 1))
+    for start, end in itertools.pairwise(ends):
+        assert np.all(np.diff(np.flatnonzero((out > start) & (out <= end))) == 1)
+
+
+def test_a_model_lengthened_to_30_s_computes_what_it_did_in_its_own_window() -> None:
+    features = torch.rand(1, 80, 300, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([[340, 5, 7]])
+    own, longer = load_whisper(MODEL).eval(), lengthened(load_whisper(MODEL)).eval()
+    assert longer.model.encoder.embed_positions.weight.shape == (1500, 128)
+    shorten(longer, 300)
+    with torch.inference_mode():
+        a, b = (model(input_features=features, decoder_input_ids=tokens).logits for model in (own, longer))
+    torch.testing.assert_close(a, b, rtol=0, atol=0.02)

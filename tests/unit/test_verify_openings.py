@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from p2pasr.averaging.codec import Layout
+from p2pasr.averaging.partfile import PartFile
 from p2pasr.errors import P2pasrError, Reject, TransportError
 from p2pasr.peers.host import Handler, Host
 from p2pasr.peers.streams import Stream
@@ -215,6 +216,42 @@ def test_parts_of_a_delta_are_given_to_anybody_at_any_time(tmp_path: Path, index
             await world.offer(drawn)
             answer = await world.stranger.calls["part"]({"claim": WORK.claim.pack(), "index": index})
             assert answer["data"] == LAYOUT.cut(WORK.delta)[index]
+
+    within(tmp_path, story)
+
+
+def test_of_a_delta_whose_parts_are_asked_for_one_by_one_all_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bytes_read: list[int] = []
+
+    class Counted(PartFile):
+        def read(self, index: int) -> bytes:
+            data = super().read(index)
+            bytes_read.append(len(data))
+            return data
+
+    monkeypatch.setattr(openings, "PartFile", Counted)
+
+    async def story(world: World) -> None:
+        await world.offer(None)
+        for index in (*range(LAYOUT.parts), 0):
+            await world.stranger.calls["part"]({"claim": WORK.claim.pack(), "index": index})
+        assert sum(bytes_read) == 2 * LAYOUT.total_bytes + LAYOUT.part_bytes(0)
+
+    within(tmp_path, story)
+
+
+def test_a_damaged_delta_is_given_again_once_it_is_whole(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.offer(None)
+        path = world.author.store.find(blob_digest(WORK.delta))
+        assert path is not None
+        part = {"claim": WORK.claim.pack(), "index": 0}
+        path.write_bytes(bytes(len(WORK.delta)))
+        await refused(world.stranger.calls["part"](part), Reject, "does not lie under its root")
+        path.write_bytes(WORK.delta)
+        assert (await world.stranger.calls["part"](part))["data"] == LAYOUT.cut(WORK.delta)[0]
 
     within(tmp_path, story)
 
