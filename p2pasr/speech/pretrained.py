@@ -32,6 +32,7 @@ NEEDED_FILES = {
     "Wav2Vec2ForCTC": WEIGHT_FILES,
     "HubertForCTC": WEIGHT_FILES,
     "Wav2Vec2BertForCTC": WEIGHT_FILES,
+    "ZipformerForCTC": WEIGHT_FILES,
     "AutoModelForCausalLM": WEIGHT_FILES,
     "AutoTokenizer": ("tokenizer.json", "vocab.json", "tokenizer.model"),
 }

@@ -25,7 +25,7 @@ from p2pasr.speech.text import normalise
 from p2pasr.tasks.augment import spec_augment
 from p2pasr.tasks.base import OnProgress
 from p2pasr.tasks.determinism import usable_device
-from p2pasr.tasks.encoders import BLANK, ENCODERS, Encoder
+from p2pasr.tasks.encoders import BLANK, ENCODERS, Encoder, ZipformerSizes
 from p2pasr.tasks.training import GradientTask, trainable
 from p2pasr.tasks.whisper import WhisperTaskConfig, matching_shard, write_notes
 
@@ -42,24 +42,20 @@ SCORED_AT_ONCE: Final = 16
 """Clips that are scored in one batch; it is fixed because padding moves the last bits of logits."""
 
 
-class CtcConfig(WhisperTaskConfig):
-    """The `task.config` of a student with a CTC head.
+class CtcHeadConfig(WhisperTaskConfig):
+    """What the `task.config` of all students with a CTC head share.
 
     `model` names the Whisper model whose features and tokens the shards were made for; it is not trained, and no
     weights of it are loaded.
     """
 
-    architecture: Literal["transformer-ctc", "parakeet-ctc", "wav2vec2-ctc", "hubert-ctc", "wav2vec2-bert-ctc"]
+    architecture: str
     pretrained: str | None = None
     """Hub id or local folder of a model to start from; all of it is trained. Its head is replaced."""
     pretrained_revision: str | None = None
     """Commit of its hub repository."""
     pretrained_weights: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """BLAKE3 of its weights, filled in by `p2pasr run new`."""
-    layers: Annotated[int, Field(ge=1, le=128)] | None = None
-    width: Annotated[int, Field(ge=16, le=4096, multiple_of=16)] | None = None
-    heads: Annotated[int, Field(ge=1, le=64)] | None = None
-    """The shape of what starts from nothing; :data:`SIZES` where it is left out."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Of what starts from nothing; a pretrained model brings its own."""
     units: Literal["characters", "bytes"] = "characters"
@@ -69,21 +65,39 @@ class CtcConfig(WhisperTaskConfig):
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
-    def _fits_together(self) -> CtcConfig:
-        given = self.layers or self.width or self.heads
-        if self.pretrained is not None and (self.architecture == "transformer-ctc" or given):
-            raise ValueError("pretrained brings its own layers, width and heads, and there is none for transformer-ctc")
+    def _head_fits(self) -> CtcHeadConfig:
         if self.pretrained is None and self.pretrained_weights is not None:
             raise ValueError("pretrained_weights is the digest of pretrained, which is not given")
         if self.weights is not None:
             raise ValueError("weights is of no use: nothing of model is loaded but its features and tokens")
-        _, width, heads = self.shape
-        if width % (2 * heads):
-            raise ValueError(f"width ({width}) must be a multiple of twice the heads ({heads}); give both")
         if self.characters is not None and (
             self.units != "characters" or list(self.characters) != sorted(set(self.characters))
         ):
             raise ValueError("characters must ascend without repetition, and go with units: characters")
+        return self
+
+    def sized(self) -> dict[str, Any]:
+        """The fields that say what shape starts from nothing, with what is left out filled in."""
+        raise NotImplementedError
+
+
+class CtcConfig(CtcHeadConfig):
+    """The `task.config` of a student with a CTC head whose layers are all alike."""
+
+    architecture: Literal["transformer-ctc", "parakeet-ctc", "wav2vec2-ctc", "hubert-ctc", "wav2vec2-bert-ctc"]
+    layers: Annotated[int, Field(ge=1, le=128)] | None = None
+    width: Annotated[int, Field(ge=16, le=4096, multiple_of=16)] | None = None
+    heads: Annotated[int, Field(ge=1, le=64)] | None = None
+    """The shape of what starts from nothing; :data:`SIZES` where it is left out."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> CtcConfig:
+        given = self.layers or self.width or self.heads
+        if self.pretrained is not None and (self.architecture == "transformer-ctc" or given):
+            raise ValueError("pretrained brings its own layers, width and heads, and there is none for transformer-ctc")
+        _, width, heads = self.shape
+        if width % (2 * heads):
+            raise ValueError(f"width ({width}) must be a multiple of twice the heads ({heads}); give both")
         return self
 
     @property
@@ -91,6 +105,28 @@ class CtcConfig(WhisperTaskConfig):
         """Layers, width and heads of what starts from nothing."""
         layers, width, heads = SIZES[self.architecture]
         return self.layers or layers, self.width or width, self.heads or heads
+
+    def sized(self) -> dict[str, Any]:
+        """See :meth:`CtcHeadConfig.sized`."""
+        return dict(zip(("layers", "width", "heads"), self.shape, strict=True))
+
+
+class ZipformerCtcConfig(CtcHeadConfig):
+    """The `task.config` of a Zipformer with a CTC head."""
+
+    architecture: Literal["zipformer-ctc"]
+    sizes: ZipformerSizes | None = None
+    """The shape of what starts from nothing; Zipformer-S where it is left out."""
+
+    @model_validator(mode="after")
+    def _starts_from_one_thing(self) -> ZipformerCtcConfig:
+        if self.pretrained is not None and self.sizes is not None:
+            raise ValueError("pretrained brings its own sizes; give one of the two")
+        return self
+
+    def sized(self) -> dict[str, Any]:
+        """See :meth:`CtcHeadConfig.sized`."""
+        return {"sizes": self.sizes or ZipformerSizes()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +177,10 @@ class CtcTask(GradientTask[Utterance]):
         LocalError: the device or a model is missing, a model is another one, or the characters are not filled in.
     """
 
-    config: CtcConfig
+    config: CtcHeadConfig
     model: Encoder
 
-    def __init__(self, config: CtcConfig, seed: int, device: str = "cpu", model: str | None = None) -> None:
+    def __init__(self, config: CtcHeadConfig, seed: int, device: str = "cpu", model: str | None = None) -> None:
         self.config = config
         self.seed = seed
         self.device = usable_device(device)
@@ -169,7 +205,7 @@ class CtcTask(GradientTask[Utterance]):
         )
 
     @staticmethod
-    def pin(config: CtcConfig, model: str | None, shards: Sequence[Path]) -> CtcConfig:
+    def pin(config: CtcHeadConfig, model: str | None, shards: Sequence[Path]) -> CtcHeadConfig:
         """Fill in the shape, the digest of a pretrained model's weights and the characters of the shards.
 
         Raises:
@@ -177,7 +213,7 @@ class CtcTask(GradientTask[Utterance]):
         """
         changes: dict[str, Any] = {}
         if config.pretrained is None:
-            changes |= dict(zip(("layers", "width", "heads"), config.shape, strict=True))
+            changes |= config.sized()
         else:
             changes["pretrained_weights"] = weights_digest(config.pretrained, config.pretrained_revision)
         if config.units == "characters" and config.characters is None:
@@ -351,13 +387,13 @@ def text_of(clip: Clip, tokenizer: Any) -> str:
     return normalise(tokenizer.decode(clip.tokens, skip_special_tokens=True))
 
 
-def encoder(config: CtcConfig, mels: int, classes: int) -> Encoder:
+def encoder(config: CtcHeadConfig, mels: int, classes: int) -> Encoder:
     """An untrained model by its configuration, or a pretrained one with an untrained head."""
     made: Encoder = ENCODERS[config.architecture](config, mels, classes)
     return made
 
 
-def _check_weights(config: CtcConfig) -> None:
+def _check_weights(config: CtcHeadConfig) -> None:
     if weights_digest(str(config.pretrained), config.pretrained_revision) != config.pretrained_weights:
         raise LocalError(
             f"the weights of {config.pretrained!r} are not those this run was made with "

@@ -1,4 +1,4 @@
-"""Encoders with a CTC head that hear log-mels: one module a family, all of transformers' own layers.
+"""Encoders with a CTC head that hear log-mels: one module a family, of transformers' own layers but for Zipformer.
 
 Each takes features of zero mean and unit variance, (batch, frames, mels) and the true frames of each clip, and gives
 logits, (batch, time, classes), the blank's first.
@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
@@ -21,7 +23,7 @@ from p2pasr.speech.pretrained import load
 from p2pasr.tasks.training import fresh_params, trainable
 
 if TYPE_CHECKING:
-    from p2pasr.tasks.ctc import CtcConfig
+    from p2pasr.tasks.ctc import CtcConfig, CtcHeadConfig, ZipformerCtcConfig
 
 BLANK = 0
 """Class that stands for nothing; the pad token of exported models, which plain libraries take for the blank."""
@@ -254,12 +256,80 @@ class Wav2Vec2(Encoder):
         return max((frames - MelFrontEnd.KERNEL) // MelFrontEnd.STRIDE + 1, 0)
 
 
+MOST_STACKS = 12
+"""Stacks that a Zipformer can have."""
+
+_PER_STACK = Field(min_length=1, max_length=MOST_STACKS, strict=False)
+_Counts = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], _PER_STACK]
+_Widths = Annotated[tuple[Annotated[int, Field(ge=8, le=2048, multiple_of=4)], ...], _PER_STACK]
+_Factors = Annotated[tuple[Annotated[int, Field(ge=1, le=16)], ...], _PER_STACK]
+_HiddenWidths = Annotated[tuple[Annotated[int, Field(ge=8, le=16_384)], ...], _PER_STACK]
+_Kernels = Annotated[tuple[Annotated[int, Field(ge=1, le=127)], ...], _PER_STACK]
+_Channels = Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(min_length=3, max_length=3, strict=False)]
+
+
+class ZipformerSizes(BaseModel):
+    """The shape of a Zipformer, by default that of Zipformer-S: a value for each stack, the first heard first."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    layers: _Counts = (2, 2, 2, 2, 2, 2)
+    widths: _Widths = (192, 256, 256, 256, 256, 256)
+    downsampling: _Factors = (1, 2, 4, 8, 4, 2)
+    """How many of the front end's frames, which are 20 ms each, are one of the stack's."""
+    heads: _Counts = (4, 4, 4, 8, 4, 4)
+    feedforwards: _HiddenWidths = (512, 768, 768, 768, 768, 768)
+    """Hidden width of a block's second feed-forward module; the first has three quarters of it, the third five."""
+    kernels: _Kernels = (31, 31, 15, 15, 15, 31)
+    """Frames of the stack that a convolution sees; odd."""
+    channels: _Channels = (8, 32, 128)
+    """Of the front end's three convolutions."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ZipformerSizes:
+        stacks = len(self.widths)
+        for name in ("layers", "downsampling", "heads", "feedforwards", "kernels"):
+            if len(getattr(self, name)) != stacks:
+                raise ValueError(f"{name} has {len(getattr(self, name))} values for {stacks} stacks (widths)")
+        if even := [kernel for kernel in self.kernels if not kernel % 2]:
+            raise ValueError(f"a kernel of {even[0]} has no middle; make it odd")
+        return self
+
+
+class Zipformer(Encoder):
+    """Zipformer (Yao et al. 2023), one logit for 40 ms."""
+
+    new = ("ctc_head",)
+
+    def __init__(self, config: ZipformerCtcConfig, mels: int, classes: int) -> None:
+        from p2pasr.tasks.zipformer import ZipformerConfig, ZipformerForCTC
+
+        super().__init__()
+        if config.pretrained is not None:
+            self.net = _pretrained(ZipformerForCTC, config, classes, self.new)
+            _same_mels(config, self.net.config.num_mel_bins, mels)
+            return
+        sizes = (config.sizes or ZipformerSizes()).model_dump(mode="json")
+        self.net = ZipformerForCTC(ZipformerConfig(classes, mels, sizes, config.dropout))
+
+    def initial_params(self, key: bytes) -> Tensors:
+        """See :meth:`Encoder.initial_params`."""
+        from p2pasr.tasks.zipformer import start_gain
+
+        return {name: value * np.float32(start_gain(name)) for name, value in super().initial_params(key).items()}
+
+    def time(self, frames: int) -> int:
+        """See :meth:`Encoder.time`."""
+        return _halved(frames, 2)
+
+
 ENCODERS: Mapping[str, type[Any]] = {
     "transformer-ctc": TransformerCtc,
     "parakeet-ctc": Parakeet,
     "wav2vec2-ctc": Wav2Vec2,
     "hubert-ctc": Wav2Vec2,
     "wav2vec2-bert-ctc": Wav2Vec2Bert,
+    "zipformer-ctc": Zipformer,
 }
 """The architectures by name."""
 
@@ -288,7 +358,7 @@ def _sizes(config: CtcConfig) -> dict[str, Any]:
     }
 
 
-def _pretrained(loader: Any, config: CtcConfig, classes: int, new: Sequence[str], **options: Any) -> Any:
+def _pretrained(loader: Any, config: CtcHeadConfig, classes: int, new: Sequence[str], **options: Any) -> Any:
     """A checkpoint with a head for other classes.
 
     Raises:
@@ -314,7 +384,7 @@ def _pretrained(loader: Any, config: CtcConfig, classes: int, new: Sequence[str]
     return net
 
 
-def _same_mels(config: CtcConfig, wanted: int, mels: int) -> None:
+def _same_mels(config: CtcHeadConfig, wanted: int, mels: int) -> None:
     if wanted != mels:
         raise LocalError(
             f"task.config.pretrained: {config.pretrained!r} hears {wanted} mel bands and the shards' features "

@@ -14,7 +14,7 @@ from pydantic import Field, RootModel, model_validator
 
 from p2pasr.protocol.encoding import digest
 from p2pasr.tasks.base import Task
-from p2pasr.tasks.ctc import CtcConfig, CtcTask
+from p2pasr.tasks.ctc import CtcConfig, CtcTask, ZipformerCtcConfig
 from p2pasr.tasks.full import FullTask, FullTaskConfig
 from p2pasr.tasks.training import fresh_params
 from p2pasr.tasks.whisper import pick_layers
@@ -129,7 +129,12 @@ class DistilWhisperTask(FullTask):
 
 
 class StudentConfig(
-    RootModel[Annotated[ScratchWhisperConfig | DistilWhisperConfig | CtcConfig, Field(discriminator="architecture")]]
+    RootModel[
+        Annotated[
+            ScratchWhisperConfig | DistilWhisperConfig | CtcConfig | ZipformerCtcConfig,
+            Field(discriminator="architecture"),
+        ]
+    ]
 ):
     """The `task.config` section of a manifest whose task is `student`: what its `architecture` asks for."""
 
@@ -141,6 +146,7 @@ class Students:
         ScratchWhisperConfig: ScratchWhisperTask,
         DistilWhisperConfig: DistilWhisperTask,
         CtcConfig: CtcTask,
+        ZipformerCtcConfig: CtcTask,
     }
 
     def __call__(self, config: StudentConfig, seed: int, device: str = "cpu", model: str | None = None) -> Task:

@@ -12,6 +12,22 @@ from .conftest import LORA, MODEL
 STUDENT: dict[str, Any] = {"model": MODEL, "warmup_steps": 0, "learning_rate": 3e-3, "width": 32, "heads": 2}
 DISTIL: dict[str, Any] = {"architecture": "distil-whisper", "model": MODEL, "warmup_steps": 0}
 CTC = {**STUDENT, "layers": 1, "spec_augment": {"frequency_bins": 8, "time_share": 0.1}}
+ZIPFORMER: dict[str, Any] = {
+    "architecture": "zipformer-ctc",
+    "model": MODEL,
+    "warmup_steps": 0,
+    "learning_rate": 3e-3,
+    "sizes": {
+        "layers": [1, 1, 1],
+        "widths": [32, 48, 40],
+        "downsampling": [1, 4, 2],
+        "heads": [2, 2, 2],
+        "feedforwards": [64, 64, 64],
+        "kernels": [7, 5, 5],
+        "channels": [4, 8, 8],
+    },
+    "spec_augment": CTC["spec_augment"],
+}
 LLM: dict[str, Any] = {
     "model": MODEL,
     "projector_width": 128,
@@ -41,6 +57,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "student-wav2vec2-ctc": {**CTC, "architecture": "wav2vec2-ctc"},
     "student-hubert-ctc": {**CTC, "architecture": "hubert-ctc"},
     "student-wav2vec2-bert-ctc": {**CTC, "architecture": "wav2vec2-bert-ctc"},
+    "student-zipformer-ctc": ZIPFORMER,
     "distill": {
         "model": MODEL,
         "warmup_steps": 0,
