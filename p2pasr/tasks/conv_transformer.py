@@ -162,14 +162,15 @@ class Attention(nn.Module):
         self.heads, self.causal = config.attention_heads, causal
         self.norm = nn.LayerNorm(config.width)
         self.query = nn.Linear(config.width, config.width)
-        self.key_value = nn.Linear(config.width, 2 * config.width)
+        self.key = nn.Linear(config.width, config.width, bias=False)  # which attention would cancel
+        self.value = nn.Linear(config.width, config.width)
         self.out = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, others: Tensor | None, real: Tensor) -> Tensor:
         """Attend from x to `others`, or to x if None, where those are `real`."""
         x = self.norm(x)
-        query = self._split(self.query(x))
-        key, value = map(self._split, self.key_value(x if others is None else others).chunk(2, dim=-1))
+        others = x if others is None else others
+        query, key, value = map(self._split, (self.query(x), self.key(others), self.value(others)))
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
         unseen = ~real[:, None, None, :]
         if self.causal:

@@ -390,6 +390,7 @@ def text_of(clip: Clip, tokenizer: Any) -> str:
 def encoder(config: CtcHeadConfig, mels: int, classes: int) -> Encoder:
     """An untrained model by its configuration, or a pretrained one with an untrained head."""
     made: Encoder = ENCODERS[config.architecture](config, mels, classes)
+    made.freeze_key_biases(known=config.pretrained is not None)
     return made
 
 

@@ -25,6 +25,9 @@ from p2pasr.tasks.training import fresh_params, trainable
 if TYPE_CHECKING:
     from p2pasr.tasks.ctc import CtcConfig, CtcHeadConfig, ZipformerCtcConfig
 
+KEY_BIASES = ("k_proj.bias", "linear_k.bias")
+"""How the models' names of attention's key biases end."""
+
 BLANK = 0
 """Class that stands for nothing; the pad token of exported models, which plain libraries take for the blank."""
 
@@ -73,6 +76,21 @@ class Encoder(nn.Module):
     def is_new(self, name: str) -> bool:
         """Whether a parameter of this name is in no checkpoint."""
         return name.removeprefix("net.").startswith(self.new)
+
+    def freeze_key_biases(self, *, known: bool) -> None:
+        """Leave out of training what attention cancels: a bias of its keys adds the same to all scores of a query.
+
+        Its gradient is nothing but rounding, of which Adam makes full steps, other ones on other machines: an audit
+        would see two trainings where there was one.
+
+        Args:
+            known: whether they came with a pretrained model, and stay what they were; else they are zeros.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith(KEY_BIASES):
+                parameter.requires_grad_(False)
+                if not known:
+                    torch.nn.init.zeros_(parameter)
 
     def checkpoint_gradients(self) -> None:
         """Compute activations again where gradients need them instead of keeping them."""

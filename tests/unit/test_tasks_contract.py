@@ -80,6 +80,20 @@ def test_the_loss_falls(make: Make, shard_files: Sequence[Path]) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_every_parameter_learns_from_more_than_rounding(make: Make, shard_files: Sequence[Path]) -> None:
+    """AdamW makes of a gradient that is only rounding a step of full length, and other machines another one."""
+    task = make()
+    start, _ = task.segment(start_of(task), shard_files, plan(seed=5, steps=2))  # a LoRA's A has no gradient before
+    largest: dict[str, float] = {}
+    for seed in range(3):
+        end, _ = task.segment(Checkpoint(start.params), shard_files, plan(seed=seed, steps=1))
+        for name, moment in end.moments.items():
+            if name.endswith("exp_avg"):
+                largest[name] = max(largest.get(name, 0.0), float(np.abs(moment).max()))
+    idle = {name: value for name, value in largest.items() if value < 1e-6 * max(largest.values())}
+    assert idle == {}
+
+
 def test_initial_parameters_score_as_the_untrained_task(make: Make, shard_files: Sequence[Path]) -> None:
     task = make()
     untrained = task.evaluate(None, shard_files)

@@ -29,7 +29,7 @@ from p2pasr.tasks.zipformer import (
 )
 
 from .conftest import plan, start_of
-from .test_tasks_contract import ZIPFORMER
+from .every_kind import ZIPFORMER
 
 
 @pytest.fixture(scope="module")
