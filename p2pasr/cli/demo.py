@@ -34,6 +34,10 @@ def every(
     out: Annotated[Path, typer.Option(metavar="DIR", help="folder for everything that the demo writes")] = Path(
         "demo-all-out"
     ),
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="train this alone, and what it starts from; may be repeated"),
+    ] = None,
 ) -> None:
     """Train every kind of task, each with real peers.
 
@@ -41,7 +45,7 @@ def every(
     """
     from p2pasr.demo.every import run_all
 
-    raise typer.Exit(run_all(out))
+    raise typer.Exit(run_all(out, only or ()))
 
 
 @app.command()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,9 +15,10 @@ from rich.table import Table
 
 from p2pasr import runs
 from p2pasr.demo.fleet import fleet_of
+from p2pasr.demo.language_model import Recipe, make_language_model
 from p2pasr.errors import LocalError, TransportError
 from p2pasr.peer import interrupt_on_terminate
-from p2pasr.protocol.manifest import read_config
+from p2pasr.protocol.manifest import RunConfig, read_config
 from p2pasr.report import progress_bar
 from p2pasr.speech.prepare import Settings, prepare, read_index
 from p2pasr.speech.synthetic import write_corpus
@@ -27,6 +28,9 @@ MODEL: Final = "p2pasr/demo-base"
 PEERS: Final = 2
 SECONDS_A_RUN: Final = 600.0
 """A run that takes longer has gone wrong."""
+
+LANGUAGE_MODEL: Final = "language-model"
+"""Folder of the one that is made for the tasks that need it."""
 
 CLIPS: Final = {"train": 240, "test": 60}
 PEOPLE: Final = {"train": 12, "test": 8}
@@ -41,21 +45,28 @@ class Aim:
         dialect: what it trains on; None for all.
         score: the keys that lead to its figure in what `evaluate` returns.
         rises: whether more is better.
+        starts_from: key of `task.config` → the folder it names, below the demo's own: :data:`LANGUAGE_MODEL`, or in
+            that of another task, which is trained before.
     """
 
     dialect: str | None
     score: tuple[str, ...]
     rises: bool = False
+    starts_from: Mapping[str, str] = field(default_factory=dict)
 
 
 AIMS: Final[Mapping[str, Aim]] = {
     "distill": Aim("cmn", ("cer",)),
     "features": Aim(None, ("accent", "accuracy"), rises=True),
     "full": Aim("yue", ("cer",)),
+    "llm-projector": Aim("cmn", ("cer",), starts_from={"language_model": LANGUAGE_MODEL}),
+    "llm-adapters": Aim(
+        "cmn", ("cer",), starts_from={"language_model": LANGUAGE_MODEL, "projector": "llm-projector/model"}
+    ),
     "lora": Aim("yue", ("cer",)),
     "student": Aim("cmn", ("cer",)),
 }
-"""Name of a configuration in :data:`CONFIGS` → its aim. The demo's base model knows `cmn`."""
+"""Name of a configuration in :data:`CONFIGS` → its aim, in the order of training. The demo's base model knows `cmn`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,23 +90,29 @@ class Outcome:
     seconds: float
 
 
-def run_all(out: Path) -> int:
+def run_all(out: Path, only: Sequence[str] = ()) -> int:
     """Train every kind of task and write `out/report.json`; returns the exit code.
 
+    Args:
+        only: train these alone, by their names in :data:`AIMS`, and what they start from; all if empty.
+
     Raises:
-        LocalError: a task did not learn, or the peers of one ended with different states.
+        LocalError: there is no such task, one did not learn, or the peers of one ended with different states.
     """
+    needed = with_what_they_start_from(only or list(AIMS))
     interrupt_on_terminate()
     console = Console(highlight=False, markup=False)
     shutil.rmtree(out / "speech", ignore_errors=True)
     train, test = speak(out / "speech")
+    if LANGUAGE_MODEL in needed:
+        write_language_model(out / "speech" / "recordings" / "train", out / LANGUAGE_MODEL)
     table = Table(title=f"each trained by {PEERS} peers; synthetic speech, held-out speakers", title_justify="left")
     for column in ("task", "trained", "rounds", "score", "before", "after", "time"):
         table.add_column(column, justify="left" if column in ("task", "score") else "right")
     outcomes = []
-    for name in sorted(AIMS):
+    for name in filter(needed.__contains__, AIMS):
         console.print(f"{name}: {read_config(CONFIGS / f'{name}.yaml').name}")
-        outcome = run_one(name, out / name, train, test)
+        outcome = run_one(name, out, train, test)
         outcomes.append(outcome)
         figures = f"{outcome.before:.1%}", f"{outcome.after:.1%}"
         size = f"{outcome.trained / 1e6:.2f} M"
@@ -105,6 +122,37 @@ def run_all(out: Path) -> int:
     if idle := [outcome.task for outcome in outcomes if not outcome.learned]:
         raise LocalError(f"{', '.join(idle)} did not get better; see {out / 'report.json'} and the logs beside it")
     return 0
+
+
+def with_what_they_start_from(names: Sequence[str]) -> set[str]:
+    """Tasks by their names in :data:`AIMS`, and those and the models that they start from.
+
+    Raises:
+        LocalError: there is no such task.
+    """
+    needed = set(names)
+    if unknown := sorted(needed - AIMS.keys()):
+        raise LocalError(f"the demo trains nothing by the name {unknown[0]!r}; choose from {', '.join(AIMS)}")
+    for name in reversed(list(AIMS)):
+        if name in needed:
+            needed |= {Path(folder).parts[0] for folder in AIMS[name].starts_from.values()}
+    return needed
+
+
+def write_language_model(recordings: Path, out: Path) -> None:
+    """Make the language model from the transcripts of recordings in the dialect that its tasks hear."""
+    rows = json.loads((recordings / "labels.json").read_text(encoding="utf-8"))
+    shutil.rmtree(out, ignore_errors=True)
+    with progress_bar("making a language model") as on_progress:
+        make_language_model(out, [row["text"] for row in rows if row["dialect"] == "cmn"], Recipe(), on_progress)
+
+
+def config_of(name: str, out: Path) -> RunConfig:
+    """The configuration of a task, with what it starts from in the demo's folder."""
+    config = read_config(CONFIGS / f"{name}.yaml")
+    made = {key: str((out / folder).resolve()) for key, folder in AIMS[name].starts_from.items()}
+    task = config.task.model_copy(update={"config": {**config.task.config, **made}})
+    return config.model_copy(update={"task": task})
 
 
 def speak(folder: Path) -> tuple[Path, Path]:
@@ -128,14 +176,18 @@ def speak(folder: Path) -> tuple[Path, Path]:
 def run_one(name: str, out: Path, train: Path, test: Path) -> Outcome:
     """Train one task with real peers, and score it.
 
+    Args:
+        out: the demo's folder; this task's is one of its own in it.
+
     Raises:
         LocalError: the peers ended with different states.
         TransportError: a peer failed.
     """
-    began, aim = time.monotonic(), AIMS[name]
+    began, aim, config = time.monotonic(), AIMS[name], config_of(name, out)
+    out = out / name
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    manifest = runs.new_run(read_config(CONFIGS / f"{name}.yaml"), train, dialect=aim.dialect)
+    manifest = runs.new_run(config, train, dialect=aim.dialect)
     manifest.write(out / "run.json")
     with fleet_of(out / "swarm", out / "run.json", PEERS, train) as (_, peers):
         for peer in peers:

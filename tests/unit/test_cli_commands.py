@@ -85,6 +85,7 @@ def config(tmp_path: Path) -> Path:
         "export",
         "demo",
         "demo run",
+        "demo all",
         "demo corpus",
         "demo make-base",
     ],
