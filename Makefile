@@ -38,6 +38,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks averaging
 	$(BIN)/python -m benchmarks training
 	$(BIN)/python -m benchmarks swarm
+	$(BIN)/python -m benchmarks window
+	$(BIN)/python -m benchmarks window --speed
 
 package: $(VENV)/.dev
 	$(BIN)/python -m build

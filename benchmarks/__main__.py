@@ -179,7 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     excision.set_defaults(run=_excision, title="held-out loss of a tiny classifier, one of whose members cheats")
 
     window = kinds.add_parser(
-        "window", help="recordings of 5 s in a window of 30 s and in one of 5 s (about 15 minutes a seed)"
+        "window",
+        help="recordings of 5 s in a window of 30 s and in one of 5 s (about 13 minutes, and 8 for each further seed)",
     )
     window.add_argument("--seeds", type=int, nargs="+", default=[0])
     window.add_argument("--turns", type=int, help="of five steps each; default: 40, with --speed 2")

@@ -135,7 +135,7 @@ def speeds(turns: int) -> list[SpeedRow]:
     torch.manual_seed(0)
     models = {
         "demo base": lengthened(load_whisper(MODEL)),
-        "whisper-tiny's shape": WhisperForConditionalGeneration(TINY),
+        "whisper-tiny's shape, random weights": WhisperForConditionalGeneration(TINY),
     }
     rows = []
     with tempfile.TemporaryDirectory(prefix="p2pasr-bench-") as name:
