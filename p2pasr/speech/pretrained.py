@@ -122,8 +122,9 @@ def _shape(loader: Any, name: str, **options: Any) -> Any:
     informs = options.pop("output_loading_info", False)
     for about_weights in ("dtype", "device_map", "ignore_mismatched_sizes"):
         options.pop(about_weights, None)
-    config = AutoConfig.from_pretrained(name, **options)
-    make = loader._from_config if issubclass(loader, PreTrainedModel) else loader.from_config
+    concrete = issubclass(loader, PreTrainedModel)
+    config = (loader.config_class if concrete else AutoConfig).from_pretrained(name, **options)
+    make = loader._from_config if concrete else loader.from_config
     model = make(config, dtype=torch.float32)
     model.requires_grad_(True)  # as those of `from_pretrained` do, Whisper's sinusoids too
     if quantised is not None:
