@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+import numpy as np
 import torch
 
+from p2pasr import tasks
+from p2pasr.catalogue import DIALECTS, Choice
+from p2pasr.errors import LocalError
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.manifest import RoundSection
+from p2pasr.speech.labels import Labelling, SoftLabels
+from p2pasr.speech.shards import Clip, Features, pack_shard
 from p2pasr.tasks.base import Checkpoint, SegmentPlan
-from p2pasr.tasks.cost import Cost, kept_by, trace
+from p2pasr.tasks.cost import Cost, stored, take, trace
 from p2pasr.tasks.training import GradientTask
-from p2pasr.tasks.whisper import Batch, summed_loss
-
-if TYPE_CHECKING:
-    from transformers import WhisperConfig
-
-Traceable = tuple[torch.nn.Module, Callable[[int], torch.Tensor]]
-Made = Callable[[], Traceable]
+from p2pasr.tasks.whisper import FRAMES_A_SECOND, PREFIX_TOKENS
 
 GIB: Final = 1 << 30
 RESERVE: Final = 0.9
 """Share of a device's memory that is planned with; the rest goes to its context and to fragments."""
+
+BF16_CAPABILITY: Final = 8
+"""From which compute capability on accelerators multiply in bfloat16."""
 
 SYSTEM_GIB: Final = 4.0
 """What the system and its programs keep of a PC's main memory."""
@@ -35,11 +38,20 @@ SYSTEM_GIB: Final = 4.0
 EFFICIENCY: Final = 0.5
 """Share of the speed of large matrix products that training reaches, before it was measured."""
 
-CLIP_TOKENS: Final = 40
-"""Tokens of a transcript, for planning."""
+ERROR: Final = 0.15
+"""Share by which a step may take more than was planned."""
 
 BATCHES: Final = (64, 32, 16, 8, 4, 2, 1)
 """What is tried for `micro_batch`, the largest first."""
+
+TEXT_TOKENS: Final = 40
+"""Tokens of a transcript, for planning."""
+
+FIRST_TOKEN: Final = 33
+"""A token of every byte-level vocabulary; those behind it are characters too."""
+
+TEACHER_TOKENS: Final = 64
+"""Tokens that a teacher's labels name, as `p2pasr distill label` does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,39 +62,35 @@ class Machine:
         device: as torch names it.
         name: for people.
         memory: bytes that training may fill.
-        speed: floating-point operations a second in large products of float32 matrices, as measured now.
+        precision: what it computes best in, a value of `task.config.precision`.
+        speeds: precision → floating-point operations a second in large products of matrices.
     """
 
     device: str
     name: str
     memory: float
-    speed: float
+    precision: str
+    speeds: Mapping[str, float]
 
+    @property
+    def accelerated(self) -> bool:
+        """Whether it is more than a processor."""
+        return self.device != "cpu"
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A task that could be trained, and one way of setting it.
-
-    Attributes:
-        kind, model: `task.kind`, and the model as people call it.
-        settings: of `task.config`, besides the model.
-        make: a module on the meta device, and the loss of so many examples.
-    """
-
-    kind: str
-    model: str
-    settings: dict[str, Any]
-    make: Made
+    def whole(self, room: float) -> float:
+        """Bytes that such a machine must have for training to fill some of them."""
+        return room / RESERVE if self.accelerated else room + SYSTEM_GIB * GIB
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a choice would be trained here.
+    """How a choice would be trained.
 
     Attributes:
         cost: of one example.
         micro_batch: examples at once; None where not one fits.
         memory: bytes that it takes, with that many examples or with one.
+        room: bytes that training must be free to fill for it.
         minutes: of a round.
     """
 
@@ -90,23 +98,39 @@ class Plan:
     cost: Cost
     micro_batch: int | None
     memory: float
+    room: float
     minutes: float
 
 
 def look() -> Machine:
     """The accelerator with the most memory, or the processor."""
     if torch.cuda.is_available():
-        device = max(range(torch.cuda.device_count()), key=lambda index: _free(index))
-        free, name = _free(device), torch.cuda.get_device_name(device)
-        return Machine(f"cuda:{device}", name, RESERVE * free, measure_speed(f"cuda:{device}"))
+        index = max(range(torch.cuda.device_count()), key=_free)
+        device, name = f"cuda:{index}", torch.cuda.get_device_name(index)
+        brief = torch.cuda.get_device_properties(index).major >= BF16_CAPABILITY
+        dtypes = {"fp32": torch.float32, **({"bf16": torch.bfloat16} if brief else {})}
+        speeds = {precision: measure_speed(device, dtype) for precision, dtype in dtypes.items()}
+        memory = room(torch.device(device))
+        return Machine(device, name, memory, "bf16" if brief else "fp32", speeds)
     import psutil
 
-    threads = torch.get_num_threads()
-    memory = room(torch.device("cpu"))
-    name = (
-        f"{threads} threads of {torch.backends.cpu.get_cpu_capability()}, {psutil.virtual_memory().total / GIB:.0f} GiB"
-    )
-    return Machine("cpu", name, memory, measure_speed("cpu"))
+    threads, total = torch.get_num_threads(), psutil.virtual_memory().total
+    name = f"{threads} threads of {torch.backends.cpu.get_cpu_capability()}, {total / GIB:.0f} GiB"
+    return Machine("cpu", name, room(torch.device("cpu")), "fp32", {"fp32": measure_speed("cpu")})
+
+
+def imagine(gib: float, tflops: float | None) -> Machine:
+    """An accelerator with so much memory that computes in bfloat16.
+
+    Args:
+        tflops: its speed in that, in 10¹² operations a second, and in float32 half of it; this machine's if None.
+    """
+    if tflops is None:
+        speed = max(look().speeds.values())
+        speeds, told = {"fp32": speed, "bf16": speed}, "with this machine's speed"
+    else:
+        speeds, told = {"fp32": tflops * 1e12 / 2, "bf16": tflops * 1e12}, f"with {tflops:g} TFLOP/s"
+    return Machine("cuda", f"an accelerator of {gib:g} GiB {told}", RESERVE * gib * GIB, "bf16", speeds)
 
 
 def room(device: torch.device) -> float:
@@ -133,9 +157,9 @@ def _free(index: int) -> float:
         pynvml.nvmlShutdown()
 
 
-def measure_speed(device: str, size: int = 1024, seconds: float = 0.3) -> float:
-    """Floating-point operations a second in products of float32 matrices."""
-    one = torch.ones(size, size, device=device)
+def measure_speed(device: str, dtype: torch.dtype = torch.float32, size: int = 1024, seconds: float = 0.3) -> float:
+    """Floating-point operations a second in products of matrices."""
+    one = torch.ones(size, size, device=device, dtype=dtype)
     _finish(one @ one)
     began, done = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
@@ -153,28 +177,74 @@ def plans(choices: Iterable[Sequence[Choice]], machine: Machine, rounds: RoundSe
 
     Args:
         choices: for each, the ways of setting it, the plainest first; the first that fits is taken, or the last.
+
+    Raises:
+        LocalError: a choice is no configuration of its task.
     """
     for ways in choices:
         found = None
         for choice in ways:
-            module, loss = choice.make()
-            cost = trace(module, loss, examples=1, recompute="gradient_checkpointing" in choice.settings)
-            found = plan(choice, cost, machine, rounds)
+            task = sketch(choice.kind, {**choice.config, **choice.settings})
+            cost = _trace(task, [_example(task)] * min(max(rounds.samples_per_step, 2), BATCHES[0]))
+            found = plan(choice, cost, machine, rounds, drops_out=task.drops_out())
             if found.micro_batch is not None:
                 break
         if found is not None:
             yield found
 
 
-def plan(choice: Choice, cost: Cost, machine: Machine, rounds: RoundSection) -> Plan:
-    """The largest batch that fits, and how long a round takes with it."""
-    quantise = str(choice.settings.get("quantise", "none"))
-    step = rounds.samples_per_step
-    fitting = [size for size in BATCHES if size <= step and cost.memory(size, quantise) <= machine.memory]
-    samples = rounds.segments * rounds.steps_per_segment * step
-    minutes = cost.flops * samples / (EFFICIENCY * machine.speed) / 60
-    micro_batch = fitting[0] if fitting else None
-    return Plan(choice, cost, micro_batch, cost.memory(micro_batch or 1, quantise), minutes)
+def plan(choice: Choice, cost: Cost, machine: Machine, rounds: RoundSection, *, drops_out: bool) -> Plan:
+    """The largest batch that fits, and how long a round takes with it.
+
+    Args:
+        drops_out: whether a batch that does not fit after all cannot be halved, so that it must fit with some to spare.
+    """
+    spare = 1 + ERROR if drops_out else 1.0
+    sizes = [size for size in BATCHES if size <= rounds.samples_per_step]
+    micro_batch = next((size for size in sizes if spare * cost.memory(size) <= machine.memory), None)
+    memory = cost.memory(micro_batch or 1)
+    samples = rounds.segments * rounds.steps_per_segment * rounds.samples_per_step
+    speed = machine.speeds[str(choice.settings.get("precision", "fp32"))]
+    minutes = cost.flops * samples / (EFFICIENCY * speed) / 60
+    return Plan(choice, cost, micro_batch, memory, spare * memory, minutes)
+
+
+def sketch(kind: str, config: Mapping[str, Any]) -> GradientTask[Any]:
+    """A task whose model has shapes and no values; of the models that it names no weights are needed.
+
+    Raises:
+        LocalError: as :func:`p2pasr.tasks.build`, or a step of this kind of task cannot be traced.
+    """
+    with torch.device("meta"):
+        task = tasks.build(kind, config, seed=0, device="meta")
+    if not isinstance(task, GradientTask):
+        raise LocalError(f"a task of the kind {kind!r} does not say what a step of it takes")
+    return task
+
+
+def modules(task: GradientTask[Any]) -> torch.nn.ModuleList:
+    """All that a task holds: the model, and a teacher if there is one."""
+    return torch.nn.ModuleList(value for value in vars(task).values() if isinstance(value, torch.nn.Module))
+
+
+def _trace(task: GradientTask[Any], examples: Sequence[Any]) -> Cost:
+    task.model.train()
+    return trace(modules(task), lambda count: task.loss(examples[:count]), len(examples), task.config.precision)
+
+
+def _example(task: Any) -> Any:
+    """The longest clip that a task takes, with a transcript and a teacher's labels."""
+    features: Features = task.features
+    mel = np.zeros((features.n_mels, round(features.window_seconds * FRAMES_A_SECOND)), dtype=np.float16)
+    tokens = tuple(range(FIRST_TOKEN, FIRST_TOKEN + PREFIX_TOKENS + TEXT_TOKENS + 1))
+    named = np.tile(np.arange(TEACHER_TOKENS, dtype=np.int32), (len(tokens) - 1, 1))
+    labels = SoftLabels(named, np.zeros(named.shape, dtype=np.float16), np.zeros(len(named), dtype=np.float32))
+    clip = Clip(mel, tokens, features.window_seconds, labels=labels)
+    with tempfile.TemporaryDirectory() as folder:
+        shard = Path(folder) / "shard"
+        shard.write_bytes(pack_shard([clip], DIALECTS[0], features, Labelling("", "", "", 1.0, 1.0, "")))
+        (example,) = task.examples([shard])
+    return example
 
 
 # --- what a task takes in truth ------------------------------------------------------------------
@@ -186,7 +256,7 @@ class Measured:
 
     Attributes:
         examples: in the step.
-        planned, taken: bytes of weights, gradients, moments and what autograd keeps.
+        planned, taken: bytes of weights, gradients, moments and what else is held at once.
         step_seconds: the fastest of the steps.
         minutes: of a round at this pace.
     """
@@ -198,16 +268,19 @@ class Measured:
     minutes: float
 
 
-def measure(task: GradientTask[Any], shards: Sequence[Path], rounds: RoundSection, steps: int = 3) -> Measured:
+def measure(
+    task: GradientTask[Any], sketched: GradientTask[Any], shards: Sequence[Path], rounds: RoundSection, steps: int = 3
+) -> Measured:
     """Take a few steps and compare them with what was planned for them.
 
     Args:
+        sketched: the same task without values.
         shards: files to train on.
         rounds: how much a round trains.
     """
     examples = list(task.examples(shards))
     size = min(task.config.micro_batch or rounds.samples_per_step, len(examples))
-    foreseen = planned(task, examples[:size])
+    foreseen = planned(sketched, examples[:size])
     plan_of_step = SegmentPlan(blob_digest(b"plan"), 1, rounds.samples_per_step, 0, 1)
     start = Checkpoint(task.initial_params())
     seconds = []
@@ -216,99 +289,41 @@ def measure(task: GradientTask[Any], shards: Sequence[Path], rounds: RoundSectio
         end, _ = task.segment(start, shards, plan_of_step)
         seconds.append(time.perf_counter() - began)
     moments = sum(value.nbytes for value in end.moments.values())
-    weights = sum(parameter.nbytes for parameter in task.model.parameters())
     gradients = sum(parameter.nbytes for parameter in task.trained.values())
-    task.model.train()
-    kept = kept_by(lambda: task.loss(examples[:size]), task.model)
+    taken = stored(modules(task)) + gradients + moments + _held(task, examples[:size])
     samples = rounds.segments * rounds.steps_per_segment
-    return Measured(size, foreseen, weights + gradients + moments + kept, min(seconds), min(seconds) * samples / 60)
+    return Measured(size, foreseen, taken, min(seconds), min(seconds) * samples / 60)
 
 
 def planned(task: GradientTask[Any], examples: Sequence[Any]) -> float:
-    """Bytes that a step takes, traced from a copy of the task without values."""
-    real, device = task.model, task.device
-    values = {id(tensor): tensor.to("meta") for tensor in real.buffers()}
-    values |= {id(p): torch.nn.Parameter(p.to("meta"), p.requires_grad) for p in real.parameters()}
-    task.model, task.device = copy.deepcopy(real, values), torch.device("meta")
-    try:
-        cost = trace(task.model, lambda _: task.loss(examples), 1)
-    finally:
-        task.model, task.device = real, device
-    return cost.memory(1, optimizer=task.config.optimizer)
+    """Bytes that a step takes with some examples at once, by a step of the task without values.
+
+    Args:
+        task: a sketch, or one of which a copy without values can be made: its base is not quantised.
+    """
+    bare = task if task.device.type == "meta" else _without_values(task)
+    bare.model.train()
+    cost = trace(modules(bare), lambda _: bare.loss(examples), 1, bare.config.precision)
+    return cost.memory(1, bare.config.optimizer)
 
 
-# --- what can be planned ------------------------------------------------------------------------
-
-WHISPERS: Final = {
-    "whisper-tiny": (384, 4, 6, 80, 51_865),
-    "whisper-base": (512, 6, 8, 80, 51_865),
-    "whisper-small": (768, 12, 12, 80, 51_865),
-    "whisper-medium": (1024, 24, 16, 80, 51_865),
-    "whisper-large-v3": (1280, 32, 20, 128, 51_866),
-}
-"""Width, layers of encoder and decoder, heads, mel bands and tokens (Radford et al. 2022, and their model cards)."""
-
-FULL: Final = ("whisper-tiny", "whisper-base", "whisper-small")
-"""Those whose whole deltas still travel from home."""
+def _without_values(task: GradientTask[Any]) -> GradientTask[Any]:
+    """A copy that shares nothing of the task's modules but their code."""
+    held = modules(task)
+    memo: dict[int, Any] = {id(tensor): tensor.to("meta") for tensor in held.buffers()}
+    memo |= {id(p): torch.nn.Parameter(p.to("meta"), p.requires_grad) for p in held.parameters()}
+    bare = copy.copy(task)
+    for name, value in vars(task).items():
+        if isinstance(value, torch.nn.Module):
+            setattr(bare, name, copy.deepcopy(value, memo))
+    bare.device = torch.device("meta")
+    return bare
 
 
-def catalogue(machine: Machine) -> Iterator[list[Choice]]:
-    """Tasks of this package at their published sizes, the smallest first, each in several settings."""
-    for name in WHISPERS:
-        yield [_whisper_choice("lora", name, settings) for settings in _ways(machine, adapters=True)]
-    for name in FULL:
-        yield [_whisper_choice("full", name, settings) for settings in _ways(machine, adapters=False)]
+def _held(task: GradientTask[Any], examples: Sequence[Any]) -> int:
+    def loss() -> torch.Tensor:
+        with task.autocast():
+            return task.loss(examples)
 
-
-def _ways(machine: Machine, *, adapters: bool) -> list[dict[str, Any]]:
-    """Settings that save ever more memory."""
-    checkpointing = {"gradient_checkpointing": True}
-    ways: list[dict[str, Any]] = [{}, checkpointing]
-    if machine.device != "cpu" and adapters:
-        ways.append({"quantise": "4bit", **checkpointing})
-    return ways
-
-
-def _whisper_choice(kind: str, name: str, settings: dict[str, Any]) -> Choice:
-    width, layers, heads, mels, tokens = WHISPERS[name]
-    config = whisper_config(width, layers, heads, mels, tokens)
-    return Choice(kind, name, settings, partial(whisper, config, kind == "lora", "gradient_checkpointing" in settings))
-
-
-def whisper_config(width: int, layers: int, heads: int, mels: int, tokens: int) -> WhisperConfig:
-    """A Whisper by its sizes."""
-    from transformers import WhisperConfig
-
-    return WhisperConfig(
-        vocab_size=tokens,
-        num_mel_bins=mels,
-        d_model=width,
-        encoder_layers=layers,
-        decoder_layers=layers,
-        encoder_attention_heads=heads,
-        decoder_attention_heads=heads,
-        encoder_ffn_dim=4 * width,
-        decoder_ffn_dim=4 * width,
-    )
-
-
-def whisper(config: WhisperConfig, adapters: bool, checkpointing: bool, device: str = "meta") -> Traceable:
-    """A Whisper with adapters of rank 16 in its attention, or trained whole, and its loss on so many examples."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import WhisperForConditionalGeneration
-
-    frames = 2 * config.max_source_positions
-    with torch.device(device):
-        model: Any = WhisperForConditionalGeneration(config)
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        if adapters:
-            model = get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))
-
-    def loss(examples: int) -> torch.Tensor:
-        with torch.device(device):
-            ids = torch.zeros(examples, CLIP_TOKENS, dtype=torch.int64)
-            batch = Batch(torch.zeros(examples, config.num_mel_bins, frames), ids, ids)
-        return summed_loss(model, batch)
-
-    return model, loss
+    task.model.train()
+    return take(modules(task), loss).held

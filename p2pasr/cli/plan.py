@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from p2pasr.errors import LocalError
+
+if TYPE_CHECKING:
+    from p2pasr.plan import Machine, Plan
+    from p2pasr.protocol.manifest import RoundSection
+
+GIB: Final = 1 << 30
 
 
 def plan(
@@ -18,77 +28,120 @@ def plan(
         Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="whose rounds are planned (default: the usual)")
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(min=0.5, metavar="GB", help="plan for so much memory instead of what is here")
+        float | None,
+        typer.Option(min=0.5, max=4096, metavar="GIB", help="plan for an accelerator with so much memory instead"),
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=1e6, metavar="T", help="how fast that is, in 10¹² bfloat16 operations a second"),
     ] = None,
     shards: Annotated[
         Path | None, typer.Option(metavar="SHARDS", help="take the first steps of CONFIG.yaml's task on these")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(metavar="KIND", help="only tasks of this kind, such as lora (default: all)")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Say what this machine can train.
 
     Prints which tasks and models fit, how to set them and how long a round takes. Memory is that of weights, gradients,
-    moments and what autograd keeps, traced from the models themselves.
+    moments and what a step holds besides, traced from the tasks themselves.
     """
-    from dataclasses import replace
-
-    from p2pasr.plan import GIB, catalogue, look, plans
+    from p2pasr.catalogue import catalogue, write_shapes
+    from p2pasr.plan import imagine, look, plans
     from p2pasr.protocol.manifest import RoundSection, read_config
+    from p2pasr.tasks import KINDS
 
+    if kind is not None and kind not in KINDS:
+        raise LocalError(f"--kind {kind!r} is not one of {', '.join(KINDS)}")
+    if tflops is not None and memory is None:
+        raise LocalError("--tflops is of a machine that is not here; say with --memory how much memory that has")
     if shards is not None:
+        if memory is not None:
+            raise LocalError("--shards takes steps on this machine, and --memory is of another; leave one of them out")
         _measure(config, shards, as_json)
         return
     rounds = RoundSection(rounds=1) if config is None else read_config(config).rounds
-    machine = look()
-    if memory is not None:
-        machine = replace(machine, memory=memory * GIB)
-    found: list[dict[str, Any]] = []
-    with Console(stderr=True).status("tracing models") as status:
-        for each in plans(catalogue(machine), machine, rounds):
-            settings = dict(each.choice.settings)
-            if each.micro_batch not in (None, rounds.samples_per_step):
-                settings["micro_batch"] = each.micro_batch
-            found.append(
-                {
-                    "kind": each.choice.kind,
-                    "model": each.choice.model,
-                    "fits": each.micro_batch is not None,
-                    "gib": round(each.memory / GIB, 1),
-                    "trained": each.cost.trained,
-                    "settings": settings,
-                    "minutes": round(each.minutes, 1),
-                }
-            )
-            status.update(f"traced {each.choice.kind} of {each.choice.model}")
+    machine = look() if memory is None else imagine(memory, tflops)
+    found: list[Plan] = []
+    with Console(stderr=True).status("tracing models") as status, tempfile.TemporaryDirectory() as shapes:
+        write_shapes(Path(shapes))
+        choices = catalogue(Path(shapes), precision=machine.precision, accelerator=machine.accelerated)
+        for each in plans((ways for ways in choices if kind in (None, ways[0].kind)), machine, rounds):
+            found.append(each)
+            status.update(f"traced {each.choice.kind}: {each.choice.model}")
     if as_json:
-        about = {"device": machine.device, "gib": round(machine.memory / GIB, 1), "gflops": round(machine.speed / 1e9)}
-        typer.echo(json.dumps({"machine": about, "plans": found}))
-        return
+        typer.echo(json.dumps({"machine": _about(machine), "plans": [_row(each, machine, rounds) for each in found]}))
+    else:
+        _print(found, machine, rounds)
+
+
+def _about(machine: Machine) -> dict[str, Any]:
+    speeds = {precision: round(speed / 1e9) for precision, speed in machine.speeds.items()}
+    return {"device": machine.device, "gib": round(machine.memory / GIB, 1), "gflops": speeds}
+
+
+def _row(plan: Plan, machine: Machine, rounds: RoundSection) -> dict[str, Any]:
+    settings = dict(plan.choice.settings)
+    if plan.micro_batch not in (None, rounds.samples_per_step):
+        settings["micro_batch"] = plan.micro_batch
+    if "quantise" in plan.choice.config:
+        settings["quantise"] = plan.choice.config["quantise"]
+    return {
+        "kind": plan.choice.kind,
+        "model": plan.choice.model,
+        "fits": plan.micro_batch is not None,
+        "gib": round(plan.memory / GIB, 1),
+        "needs_gib": math.ceil(10 * machine.whole(plan.room) / GIB) / 10,
+        "trained": plan.cost.trained,
+        "settings": settings,
+        "minutes": round(plan.minutes, 2),
+    }
+
+
+SHORT: Final = {"precision": "bf16", "gradient_checkpointing": "recompute", "quantise": "4bit"}
+"""Settings, and what the table calls them; none has another value there."""
+
+
+def _print(plans: Sequence[Plan], machine: Machine, rounds: RoundSection) -> None:
+    """One table, grouped by task, of 80 columns at most."""
+    from p2pasr.plan import ERROR
+
     console = Console(highlight=False, markup=False)
+    speeds = ", ".join(f"{speed / 1e12:.3g} TFLOP/s in {precision}" for precision, speed in machine.speeds.items())
     console.print(
-        f"{machine.name}: {machine.memory / GIB:.1f} GiB to train in, {machine.speed / 1e9:.0f} GFLOP/s in float32; "
+        f"{machine.name}: {machine.memory / GIB:.1f} GiB to train in, {speeds}; "
         f"a round of {rounds.segments} segments of {rounds.steps_per_segment} steps of {rounds.samples_per_step} clips"
     )
-    table = Table()
-    for column in ("task", "model", "trained", "memory", "fits", "a round", "settings"):
-        right = column in ("trained", "memory", "a round")
-        table.add_column(column, justify="right" if right else "left", no_wrap=column != "settings")
-    for row in found:
-        how = ", ".join(f"{name}: {str(value).lower()}" for name, value in row["settings"].items())
-        round_time = _duration(row["minutes"]) if row["fits"] else "–"
-        trained = f"{row['trained'] / 1e6:.1f} M"
-        fits = "yes" if row["fits"] else "no"
-        table.add_row(row["kind"], row["model"], trained, f"{row['gib']} GiB", fits, round_time, how)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in ("model", "trained", "GiB", "batch", "a round", "settings"):
+        table.add_column(column, justify="left" if column in ("model", "settings") else "right", no_wrap=True)
+    kind = ""
+    for plan in plans:
+        if plan.choice.kind != kind:
+            kind = plan.choice.kind
+            table.add_row(f"{kind}:", style="bold")
+        row = _row(plan, machine, rounds)
+        batch, time = ("–", "–") if plan.micro_batch is None else (str(plan.micro_batch), _duration(plan.minutes))
+        how = ", ".join(SHORT[name] for name in row["settings"] if name in SHORT)
+        if plan.micro_batch is None:
+            how = f"needs {row['needs_gib']} GiB"
+        table.add_row(f"  {plan.choice.model}", f"{row['trained'] / 1e6:.1f} M", f"{row['gib']}", batch, time, how)
     console.print(table)
+    console.print(
+        "batch is micro_batch, recompute gradient_checkpointing: true, 4bit quantise.\n"
+        "Memory is for clips as long as the window. Where a task drops out, a batch\n"
+        f"cannot be halved when memory runs out: the plan leaves {100 * ERROR:.0f} % to spare there."
+    )
 
 
 def _measure(config: Path | None, shards: Path, as_json: bool) -> None:
     """Take the first steps of a run's task, and compare them with the plan."""
     from p2pasr import tasks
-    from p2pasr.plan import GIB, look, measure
+    from p2pasr.plan import look, measure, sketch
     from p2pasr.protocol.manifest import read_config
     from p2pasr.runs import shard_paths
-    from p2pasr.tasks.training import GradientTask
 
     if config is None:
         raise LocalError("--shards measures a run's own task; name its configuration, CONFIG.yaml, too")
@@ -96,10 +149,9 @@ def _measure(config: Path | None, shards: Path, as_json: bool) -> None:
     files = shard_paths(shards)
     with Console(stderr=True).status("taking the first steps"):
         pinned = tasks.pin(read.task.kind, read.task.config, None, files)
-        task = tasks.build(read.task.kind, pinned, seed=read.seed, device=look().device, shards=files)
-        if not isinstance(task, GradientTask):
-            raise LocalError(f"a task of the kind {read.task.kind!r} does not say what a step of it takes")
-        found = measure(task, files, read.rounds)
+        sketched = sketch(read.task.kind, pinned)
+        task: Any = tasks.build(read.task.kind, pinned, seed=read.seed, device=look().device, shards=files)
+        found = measure(task, sketched, files, read.rounds)
     about = {
         "examples": found.examples,
         "planned_gib": round(found.planned / GIB, 3),
@@ -118,4 +170,6 @@ def _measure(config: Path | None, shards: Path, as_json: bool) -> None:
 
 
 def _duration(minutes: float) -> str:
+    if minutes < 2:
+        return f"{max(round(60 * minutes), 1)} s"
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"

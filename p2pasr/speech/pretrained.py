@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ NEEDED_FILES = {
     "AutoTokenizer": ("tokenizer.json", "vocab.json", "tokenizer.model"),
 }
 """transformers class → the files of which its folder needs one. Without some it takes defaults and says nothing."""
+
+BITS = "bits"
+"""Attribute of a weight without values: in how many bits each of them would be stored. Others are float32."""
 
 EXAMPLE = "openai/whisper-small"
 """The model that advice names where the one that was asked for is no hub id."""
@@ -87,14 +91,48 @@ def load(loader: Any, model: str, revision: str | None = None, **options: Any) -
         if not _is_hub_id(model):
             raise _unusable(model, "it is neither a folder on this machine nor a hub id")
         options = {**options, "revision": revision}
-    elif not any((folder / name).is_file() for name in NEEDED_FILES[loader.__name__]):
-        raise _unusable(model, f"its folder has no {' or '.join(NEEDED_FILES[loader.__name__])}")
+    elif not any((folder / name).is_file() for name in _needed(loader)):
+        raise _unusable(model, f"its folder has no {' or '.join(_needed(loader))}")
     try:
-        return loader.from_pretrained(model if folder is None else str(folder), **options)
+        read = partial(_shape, loader) if _shapes_only(loader) else loader.from_pretrained
+        return read(model if folder is None else str(folder), **options)
     except Exception as error:  # besides their own, the libraries let any error of a damaged file pass
         where = "" if folder else "there is no such folder on this machine; "
         sentence = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
         raise _unusable(model, f"{where}{loader.__name__}: {sentence or type(error).__name__}") from error
+
+
+def _shapes_only(loader: Any) -> bool:
+    """Whether this is a model, and all that is made now has shapes and no values: within `torch.device("meta")`."""
+    import torch
+
+    return NEEDED_FILES[loader.__name__] is WEIGHT_FILES and torch.get_default_device().type == "meta"
+
+
+def _needed(loader: Any) -> tuple[str, ...]:
+    return ("config.json",) if _shapes_only(loader) else NEEDED_FILES[loader.__name__]
+
+
+def _shape(loader: Any, name: str, **options: Any) -> Any:
+    """What `loader.from_pretrained` would load, without its weights; see :data:`BITS`."""
+    import torch
+    from transformers import AutoConfig, PreTrainedModel
+
+    quantised = options.pop("quantization_config", None)
+    informs = options.pop("output_loading_info", False)
+    for about_weights in ("dtype", "device_map", "ignore_mismatched_sizes"):
+        options.pop(about_weights, None)
+    concrete = issubclass(loader, PreTrainedModel)
+    config = (loader.config_class if concrete else AutoConfig).from_pretrained(name, **options)
+    make = loader._from_config if concrete else loader.from_config
+    model = make(config, dtype=torch.float32)
+    model.requires_grad_(True)  # as those of `from_pretrained` do, Whisper's sinusoids too
+    if quantised is not None:
+        kept = model.get_output_embeddings()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and module is not kept:
+                setattr(module.weight, BITS, 4 if quantised.load_in_4bit else 8)
+    return (model, {"missing_keys": (), "mismatched_keys": ()}) if informs else model
 
 
 def frontend(model: str, revision: str | None = None, window_seconds: float | None = None) -> Frontend:

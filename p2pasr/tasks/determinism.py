@@ -19,12 +19,15 @@ from p2pasr.protocol.encoding import keyed_bytes
 def usable_device(name: str) -> torch.device:
     """A device by the name that torch knows it by, such as "cpu" or "cuda:1".
 
+    "meta", which computes nothing, is one only within `torch.device("meta")`: for whoever wants a task's shapes.
+
     Raises:
         LocalError: torch has no such device here.
     """
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" makes tensors, but computes nothing
+        if torch.get_default_device() != device or device.type != "meta":
+            torch.zeros(1, device=device).item()  # "meta" makes tensors, but computes nothing
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         reason = str(error).strip().split("\n")[0]
         raise LocalError(f"the device {name!r} cannot be used ({reason:.80}); try cpu, cuda or cuda:1") from error

@@ -121,8 +121,9 @@ class DistillTask(FullTask):
 
     def loss(self, examples: Sequence[Clip]) -> Tensor:
         """The summed divergence from the teacher, times its share and T², and the cross entropy, times the rest."""
-        batch = collate(examples, self.frames, self.frontend.config.pad_token_id).to(self.device)
-        learned = batch.labels != IGNORED
+        batch = collate(examples, self.frames, self.frontend.config.pad_token_id)
+        places = torch.nonzero(batch.labels != IGNORED, as_tuple=True)  # on the CPU, where they can be counted
+        batch, learned = batch.to(self.device), tuple(place.to(self.device) for place in places)
         encoded = self._encode(batch.features)
         out = self.model(encoder_outputs=(encoded,), decoder_input_ids=batch.decoder_input_ids)
         logs = log_softmax(out.logits[learned].float(), dim=-1)
@@ -151,7 +152,7 @@ class DistillTask(FullTask):
         return torch.from_numpy(ids).to(self.device), torch.cat([stacked(each) for each in labels]).to(self.device)
 
     @torch.no_grad()
-    def _ask(self, batch: Batch, encoded: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
+    def _ask(self, batch: Batch, encoded: Tensor, learned: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """The same from the teacher that runs here."""
         teacher: Any = self.teacher
         heard = encoded if self.shares_encoder else teacher.get_encoder()(batch.features).last_hidden_state

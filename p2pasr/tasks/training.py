@@ -167,8 +167,9 @@ class GradientTask(Generic[E]):
                 self.trained[name].copy_(torch.from_numpy(np.array(value)))
 
     def get_params(self) -> Tensors:
-        """A copy of the trained parameters, float32."""
-        return {name: p.detach().to("cpu", torch.float32).numpy().copy() for name, p in self.trained.items()}
+        """A copy of the trained parameters, float32; of those on the meta device there is none."""
+        valued = {name: p.detach() for name, p in self.trained.items() if not p.is_meta}
+        return {name: p.to("cpu", torch.float32).numpy().copy() for name, p in valued.items()}
 
     def autocast(self) -> Any:
         """The context in which the model computes, by the configured precision."""
@@ -270,11 +271,13 @@ def fresh_params(trained: Mapping[str, torch.nn.Parameter], key: bytes) -> Tenso
     weights scale and start at one, all others shift and start at zero.
 
     Args:
-        trained: name → parameter of a module that was just made.
+        trained: name → parameter of a module that was just made; those on the meta device are left out.
         key: what the draw follows from.
     """
     out: Tensors = {}
     for name, parameter in trained.items():
+        if parameter.is_meta:
+            continue
         shape = tuple(parameter.shape)
         if len(shape) > 1:
             out[name] = uniform(shape, math.sqrt(3 / math.prod(shape[1:])), key + name.encode())

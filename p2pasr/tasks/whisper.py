@@ -241,7 +241,7 @@ def pick_layers(
 
 
 def shorten(model: Any, frames: int) -> None:
-    """Cut the encoder's positions to a shorter window (two frames a position)."""
+    """Cut the encoder's positions to a shorter window (two frames a position), and keep them out of training."""
     positions = frames // 2
     encoder = model.model.encoder
     if positions < model.config.max_source_positions:
@@ -249,6 +249,7 @@ def shorten(model: Any, frames: int) -> None:
         embedding = torch.nn.Embedding(kept.shape[0], kept.shape[1], _weight=kept, _freeze=True)
         encoder.embed_positions = embedding
         model.config.max_source_positions = encoder.max_source_positions = positions
+    encoder.embed_positions.requires_grad_(False)  # sines, which from_pretrained hands out as if they were to be trained
 
 
 @dataclass(frozen=True, slots=True)
