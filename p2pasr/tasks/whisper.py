@@ -249,7 +249,7 @@ def shorten(model: Any, frames: int) -> None:
         embedding = torch.nn.Embedding(kept.shape[0], kept.shape[1], _weight=kept, _freeze=True)
         encoder.embed_positions = embedding
         model.config.max_source_positions = encoder.max_source_positions = positions
-    encoder.embed_positions.requires_grad_(False)  # sines, which from_pretrained hands out as if they were to be trained
+    encoder.embed_positions.requires_grad_(False)  # sines, which from_pretrained makes trainable
 
 
 @dataclass(frozen=True, slots=True)
