@@ -281,8 +281,8 @@ def _score(out: Path, manifest: RunManifest, processes: list[Process], console: 
     task = runs.build_task(manifest)
     held_out = runs.shard_paths(out / "held-out")
     like = task.initial_params()
-    every = math.ceil(max(saved.held) / CURVE_POINTS)
-    numbers = sorted({0, *range(max(saved.held), 0, -every)})
+    held = sorted(saved.held, reverse=True)  # but for rounds that this peer was late for
+    numbers = sorted({0, *held[:: math.ceil(max(saved.held) / CURVE_POINTS)]})
     curve = []
     rates: dict[int, Any] = {}
     with progress_bar("scoring states on held-out speakers") as on_progress:
