@@ -56,6 +56,7 @@ class Member:
         unsettled: what this peer made of the round and attests, while not enough others do.
         fresh: whether it fetched or loaded its state instead of taking part in the round before.
         closes_at: when this peer's training of the round ends at the latest, seconds since 1970.
+        grouped: whether the averaging under way has found its group.
         proved: peers that this one has seen proved to cheat.
         shunned: those that gave members of this round different results; it is averaged without them.
         charges: where the proofs that this peer holds can be had, by the accused.
@@ -93,6 +94,7 @@ class Member:
     unsettled: Result | None = None
     fresh: bool = True
     closes_at: float = 0.0
+    grouped: bool = False
     proved: set[str] = field(default_factory=set)
     shunned: set[str] = field(default_factory=set)
     charges: dict[str, Charge] = field(default_factory=dict)

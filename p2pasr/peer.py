@@ -33,7 +33,7 @@ from p2pasr.private import PrivateShards, check_use, open_private, within
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.state import State, parse_state
 from p2pasr.report import Report
-from p2pasr.round import run_round
+from p2pasr.round import check_not_banned, run_round
 from p2pasr.runs import build_task, default_home, initial_state, read_run, run_folder
 from p2pasr.speech.prepare import read_index
 from p2pasr.speech.pretrained import quiet_libraries
@@ -265,6 +265,7 @@ class Peer:
             if committed:
                 done += 1
                 yield number
+        check_not_banned(member)  # the last state may be the one that says so
 
     def run(self) -> None:
         """Take part until the run or our share of it ends, then stay a little for those who are behind."""
@@ -346,6 +347,7 @@ class Peer:
         elif kind == "averaging":
             self.report.progress("averaging", event["done"], event["size"])
         elif kind == "group":
+            self.member.grouped = True
             self.report.emit("group", f"averaging in a group of {len(event['peers'])}", peers=event["peers"])
 
 

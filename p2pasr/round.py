@@ -193,6 +193,15 @@ def check_admitted(member: Member) -> None:
         raise LocalError(
             f"{error}; ask a member of this run for an invite of {member.peer} and start with --invite FILE"
         ) from error
+    check_not_banned(member)
+
+
+def check_not_banned(member: Member) -> None:
+    """Has this peer been caught?
+
+    Raises:
+        LocalError: it has.
+    """
     if member.peer in member.state.bans:
         raise LocalError(
             f"this peer was banned from the run in round {member.state.bans[member.peer]}: more than half of the "
@@ -483,9 +492,11 @@ def average(member: Member, work: Work, expected: set[str]) -> Merged:
     with_whom = f"with {count - 1} others" if count > 1 else "alone"
     member.step("average", f"round {member.state.round}: averaging {with_whom}")
     delta_bytes = Layout.of(member.manifest.parameters, member.manifest.averaging).total_bytes
+    member.grouped = False
     answer = member.link.call(
         "average",
         GROUP_SECONDS + EXCHANGE_PATIENCE * patience(2 * delta_bytes),
+        needless=lambda: not member.grouped and overtaken(member),
         round=member.state.round,
         state=member.state.digest,
         covered=dict(member.state.covered),

@@ -28,6 +28,8 @@ MODULE: Final = "p2pasr.network"
 STARTUP_SECONDS: Final = 90.0
 STOP_SECONDS: Final = 3.0
 BACKOFF_SECONDS: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
+LOOK_SECONDS: Final = 2.0
+"""How often a call that may become needless is asked whether it has."""
 
 EventHandler = Callable[[dict[str, Any]], None]
 """Called from the handle's thread with each event of the network process."""
@@ -88,15 +90,18 @@ class Link:
             if time.monotonic() > deadline:
                 raise TransportError("the network process did not start in time; see " + str(self._log_path))
 
-    def call(self, method: str, seconds: float, /, **args: Any) -> dict[str, Any]:
+    def call(
+        self, method: str, seconds: float, /, *, needless: Callable[[], bool] | None = None, **args: Any
+    ) -> dict[str, Any]:
         """Ask the network process for something and wait for the answer.
 
         Args:
             seconds: how long to wait; when they are over the call is cancelled there too.
+            needless: asked every now and then whether the answer is no longer wanted, which cancels the call as well.
 
         Raises:
             LinkDown: the process is down or died meanwhile; it is being restarted.
-            TransportError: no answer in time.
+            TransportError: no answer in time, or none needed any more.
         """
         future: Future[dict[str, Any]] = Future()
         with self._lock:
@@ -106,10 +111,16 @@ class Link:
             number = next(self._ids)
             attempt.pending[number] = future
             self._send(attempt, {"id": number, "call": method, "args": args})
+        deadline = time.monotonic() + seconds
         try:
-            return future.result(seconds)
-        except FutureTimeout:
-            raise TransportError(f"{method} was not done within {seconds:.0f} s") from None
+            while True:
+                left = deadline - time.monotonic()
+                with contextlib.suppress(FutureTimeout):
+                    return future.result(left if needless is None else min(left, LOOK_SECONDS))
+                if time.monotonic() >= deadline:
+                    raise TransportError(f"{method} was not done within {seconds:.0f} s")
+                if needless is not None and needless():
+                    raise TransportError(f"{method} is not needed any more")
         finally:
             with self._lock:
                 if attempt.pending.pop(number, None) is not None and not future.done():
@@ -125,7 +136,7 @@ class Link:
             ttl: seconds that a copy lives without renewal.
             wait: until it is published, which takes seconds where peers in the directory have died.
         """
-        args = {"slot": slot, "kind": kind, "scope": scope, "record": record, "ttl": ttl}
+        args: dict[str, Any] = {"slot": slot, "kind": kind, "scope": scope, "record": record, "ttl": ttl}
         with self._lock:
             self._announcements[slot] = args
             attempt = self._attempt if self._up.is_set() else None

@@ -83,7 +83,7 @@ class ArenaLink:
     def __init__(self, loop: asyncio.AbstractEventLoop, host: Host) -> None:
         self._loop, self._host = loop, host
 
-    def call(self, method: str, _seconds: float, /, **args: Any) -> dict[str, Any]:
+    def call(self, method: str, _seconds: float, /, *, needless: Any = None, **args: Any) -> dict[str, Any]:
         if method == "status":
             return {"bytes_sent": 0, "bytes_received": 0, "connections": 0}
         return self._loop.run_until_complete(self._host.calls[method](args))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from p2pasr.errors import LinkDown
+from p2pasr.errors import LinkDown, TransportError
 from p2pasr.peers import link as module
 from p2pasr.peers.config import LinkConfig, NodeConfig
 from p2pasr.peers.link import Link
@@ -23,7 +23,11 @@ from p2pasr.peers.channel import encode_frame, read_frame
 channel = socket.socket(fileno=int(sys.argv[1]))
 read_frame(channel)
 channel.sendall(encode_frame({"event": "ready", "maddrs": ()}))
+cancelled = 0
 while (message := read_frame(channel)) is not None:
+    cancelled += "cancel" in message
+    if message.get("call") == "cancelled":
+        channel.sendall(encode_frame({"id": message["id"], "result": {"count": cancelled}}))
     if message.get("call") == "die":
         sys.exit()
     if message.get("call") == "babble":
@@ -69,6 +73,20 @@ def test_calls_are_answered(link: Link) -> None:
     link.joined()
     assert link.call("echo", 10, word="hello") == {"word": "hello"}
     assert link.restarts == 0
+
+
+def test_a_call_that_becomes_needless_is_given_up_and_cancelled(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in never answers an announcement, but counts what is cancelled."""
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
+    link.start()
+    link.joined()
+    looks = iter((False, False, True))
+    with pytest.raises(TransportError, match="announce is not needed any more"):
+        link.call("announce", 60, needless=lambda: next(looks), record=b"")
+    assert list(looks) == []
+    assert link.call("cancelled", 10, needless=lambda: False) == {"count": 1}
+    with pytest.raises(TransportError, match="not done within 0 s"):
+        link.call("announce", 0.1, needless=lambda: False, record=b"")
 
 
 def test_an_event_is_told_whatever_its_fields_are_called(link: Link, events: list[dict[str, Any]]) -> None:

@@ -42,7 +42,7 @@ class Link:
     def announce(self, slot: str, *_: Any, **_options: Any) -> None:
         self.announced.append(slot)
 
-    def call(self, method: str, _seconds: float, /, **args: Any) -> dict[str, Any]:
+    def call(self, method: str, _seconds: float, /, *, needless: Any = None, **args: Any) -> dict[str, Any]:
         self.asked = args
         raise TransportError(f"nobody answers {method}")
 

@@ -11,6 +11,7 @@ import pytest
 from p2pasr import tickets
 from p2pasr.errors import LocalError
 from p2pasr.member import Member
+from p2pasr.peer import Peer
 from p2pasr.peers.journal import Journal
 from p2pasr.protocol.admission import TooEarly, has_worked
 from p2pasr.protocol.manifest import RunManifest
@@ -155,3 +156,11 @@ def test_who_holds_no_state_yet_believes_founders_and_who_invited_it(journal: Jo
     assert fresh.view.guests == {}
     later = member(journal, ticket_by(OTHER), INVITING, round=3)
     assert later.believed.guests == {}
+
+
+def test_a_peer_that_only_the_last_state_bans_learns_of_it(journal: Journal) -> None:
+    held = member(journal, NO_TICKET, make_manifest(), round=10, bans={GUEST.peer: 9})
+    peer = Peer(held.manifest)
+    peer.member = held
+    with pytest.raises(LocalError, match="this peer was banned from the run in round 9"):
+        list(peer.rounds())
