@@ -29,7 +29,7 @@ from p2pasr import calibration, runs
 from p2pasr.demo.fleet import PEER, Event, Fleet, Process
 from p2pasr.demo.swarm import demo_config, prepare_speech
 from p2pasr.errors import TransportError
-from p2pasr.protocol.audits import detection_probability, draw_auditors, segments_to_rerun
+from p2pasr.protocol.audits import Drawing, detection_probability
 from p2pasr.protocol.encoding import blob_digest, keyed_bytes
 from p2pasr.protocol.manifest import RunManifest, VerifySection
 from p2pasr.protocol.messages import NO_TICKET, NO_UNDO, Claim, Signed
@@ -153,7 +153,7 @@ def play(scene: Scene, seed: int) -> Tally:
         for auditor in present:
             if auditor in cheats:
                 continue
-            for duty in segments_to_rerun(section, after, claims, auditor, {}, {}):
+            for duty in Drawing(section, after, claims).segments(auditor):
                 tally.audits += 1
                 if duty.peer in cheats and duty.item < scene.cheated:
                     found.add(duty.peer)
@@ -186,7 +186,7 @@ def withhold(rate: float, seed: int) -> Tally:
         named = (who,) if number - 2 in drawn else ()
         claims = [_claim(peer, number, state, (), named if peer != who else ()) for peer in peers]
         strikes = strike(strikes, [claim.message for claim in claims], number, section)
-        audits = [draw_auditors(section, blob_digest(b"after", state), each, claims, strikes, {}) for each in claims]
+        audits = list(map(Drawing(section, blob_digest(b"after", state), claims, strikes).auditors, claims))
         tally.claims += 1
         tally.expected += audit_rate(section, strikes, who)
         tally.audits += sum(map(len, audits))

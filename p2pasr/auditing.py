@@ -16,7 +16,7 @@ from p2pasr.accusing import convict, hear
 from p2pasr.averaging.codec import Layout
 from p2pasr.canonical import settle
 from p2pasr.errors import RemoteError, TransportError
-from p2pasr.protocol.audits import Duty, draw_auditors, link_checker, link_checkers, parts_to_reduce, segments_to_rerun
+from p2pasr.protocol.audits import Drawing, Duty
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.messages import MAX_FINDINGS, Audit, Claim, Commitment, Finding, Signed, commit_to, seal, unseal
 from p2pasr.protocol.signing import short
@@ -57,13 +57,14 @@ def offer(member: Member) -> None:
         if kept is not None:
             records.add(member.store.put("record", kept, durable=False))
         record = _trained(kept)
+        claim = unseal(packed, Claim)
         offers.append(
             {
                 "claim": packed,
                 "checkpoints": [bytes.fromhex(digest) for digest in trace["checkpoints"]],
                 "delta": bytes.fromhex(trace["delta"]),
-                "drawn": _drawn(member, record, packed) if fresh else None,
-                "link": _link_checker(member, record, packed) if fresh else None,
+                "drawn": _drawn(member, record, claim) if fresh else None,
+                "link": drawing_of(member, record).link_checker(claim) if fresh and record is not None else None,
                 "readers": _readers(member, record),
                 "record": None if kept is None else blob_digest(kept),
             }
@@ -94,25 +95,17 @@ def kept_traces(member: Member) -> dict[int, dict[str, Any]]:
     return traces
 
 
-def _drawn(member: Member, record: RoundRecord | None, claim: bytes) -> dict[str, list[int]]:
+def drawing_of(member: Member, record: RoundRecord) -> Drawing:
+    """Who checks what of the round that this peer's state came of."""
+    manifest = member.manifest
+    return Drawing(manifest.verify, record.after, record.members, member.state.strikes, manifest.clip_lengths)
+
+
+def _drawn(member: Member, record: RoundRecord | None, claim: Signed[Claim]) -> dict[str, list[int]]:
     """Auditor → the segments of this peer's claim that were drawn for it."""
     if record is None:
         return {}
-    manifest, strikes = member.manifest, member.state.strikes
-    duties = draw_auditors(
-        manifest.verify, record.after, unseal(claim, Claim), record.members, strikes, manifest.clip_lengths
-    )
-    return {auditor: [duty.item] for auditor, duty in duties.items()}
-
-
-def _link_checker(member: Member, record: RoundRecord | None, claim: bytes) -> str | None:
-    """Who was drawn to compare the last checkpoint of this peer's claim with its delta, if anybody."""
-    if record is None:
-        return None
-    manifest, strikes = member.manifest, member.state.strikes
-    return link_checker(
-        manifest.verify, record.after, unseal(claim, Claim), record.members, strikes, manifest.clip_lengths
-    )
+    return {auditor: [duty.item] for auditor, duty in drawing_of(member, record).auditors(claim).items()}
 
 
 def check_last_round(member: Member) -> int:
@@ -123,12 +116,11 @@ def check_last_round(member: Member) -> int:
     if record is None or record.after != member.state.digest or member.checked == record.after:
         return 0
     member.checked = record.after
-    section, strikes, lengths = member.manifest.verify, member.state.strikes, member.manifest.clip_lengths
-    segments = segments_to_rerun(section, record.after, record.members, member.peer, strikes, lengths)
-    parts = parts_to_reduce(section, record.after, record.receipts, member.peer)
+    drawing = drawing_of(member, record)
     private = member.manifest.data.policy == "private"
-    checkers = {} if private else link_checkers(section, record.after, record.members, strikes, lengths)
-    links = [claim for claim in record.members if checkers.get(claim.digest) == member.peer]
+    segments = drawing.segments(member.peer)
+    links = () if private else drawing.links(member.peer)
+    parts = drawing.parts(record.receipts, member.peer)
     if not (segments or links or parts):
         return 0
     findings: list[Finding] = []

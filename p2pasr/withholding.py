@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from p2pasr.accusing import note_strike
 from p2pasr.auditing import OPEN_SECONDS, check_on_probe, check_opened, check_part_of, open_segment, record_of, tell
 from p2pasr.errors import RemoteError, TransportError
-from p2pasr.protocol.audits import Duty, draw_auditors, link_checker, parts_to_reduce
+from p2pasr.protocol.audits import Drawing, Duty
 from p2pasr.protocol.messages import Claim, Signed
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, parse_state
@@ -116,20 +116,20 @@ def _drawn(
     member: Member, record: RoundRecord, after: State, auditor: str, statement: bytes, item: int
 ) -> Iterator[Doubt]:
     """The duties of an auditor for which it needed this segment or this part of a claim."""
-    section, lengths = member.manifest.verify, member.manifest.clip_lengths
     position = next((at for at, claim in enumerate(record.members) if claim.digest == statement), None)
     if position is None or auditor not in [claim.message.peer for claim in record.members]:
         return
     claim = record.members[position]
-    drawing = section, record.after, claim, record.members, after.strikes, lengths
-    duty = draw_auditors(*drawing).get(auditor)
-    private = member.manifest.data.policy == "private"
-    if duty is None and not private and link_checker(*drawing) == auditor:
+    manifest = member.manifest
+    drawing = Drawing(manifest.verify, record.after, record.members, after.strikes, manifest.clip_lengths)
+    duty = drawing.auditors(claim).get(auditor)
+    private = manifest.data.policy == "private"
+    if duty is None and not private and drawing.link_checker(claim) == auditor:
         duty = Duty(claim.message.peer, statement, claim.message.segments - 1)
     if duty is not None and (item == 0 if private else duty.item == item):
         yield Doubt(claim, duty, auditor, None)
     senders = {(r.digest, part.index): part.senders for r in record.receipts for part in r.message.parts}
-    for duty in parts_to_reduce(section, record.after, record.receipts, auditor):
+    for duty in drawing.parts(record.receipts, auditor):
         if duty.item == item and position in senders[duty.statement, item]:
             yield Doubt(claim, duty, auditor, item)
 

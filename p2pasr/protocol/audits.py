@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from p2pasr.protocol.encoding import digest
 from p2pasr.protocol.manifest import VerifySection
@@ -28,105 +28,83 @@ class Duty:
     item: int
 
 
-def draw_auditors(
-    section: VerifySection,
-    after: bytes,
-    claim: Signed[Claim],
-    members: Iterable[Signed[Claim]],
-    strikes: Mapping[str, Strike],
-    lengths: Mapping[str, float],
-) -> dict[str, Duty]:
-    """Who trains which segment of a claim again: auditor → duty.
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """Who checks what of one round. Whoever holds the round's record draws the same.
 
-    A claim is audited by the `auditors` other members with the lowest BLAKE3(after ‖ claim ‖ member), of those who by
-    the tier in their own claims train its shards. Each draws by the same digest whether it does, at the section's rate
-    for this claim's peer, and one segment.
-
-    Args:
+    Attributes:
+        section: the run's rates.
         after: digest of the state that came of the round.
-        members: the claims of the round, in any order.
+        claims: those of the round, in any order.
         strikes: as in the state that came of the round.
         lengths: hex digest of a shard → seconds of its longest clip, of those that have clips.
     """
-    peer, statement = claim.message.peer, claim.digest
-    able = [each.message.peer for each in members if trains_all(each.message.tier, claim.message.shards, lengths)]
-    ranks = {other: _draw("auditor", after, statement, other) for other in able if other != peer}
-    rate = audit_rate(section, strikes, peer)
-    duties = {}
-    for auditor in sorted(ranks, key=ranks.__getitem__)[: section.auditors]:
-        if _fraction(_draw("audit", after, statement, auditor)) < rate:
-            segment = _number(_draw("audited-segment", after, statement, auditor)) % claim.message.segments
-            duties[auditor] = Duty(peer, statement, segment)
-    return duties
 
+    section: VerifySection
+    after: bytes
+    claims: Sequence[Signed[Claim]]
+    strikes: Mapping[str, Strike] = field(default_factory=dict)
+    lengths: Mapping[str, float] = field(default_factory=dict)
 
-def segments_to_rerun(
-    section: VerifySection,
-    after: bytes,
-    claims: Sequence[Signed[Claim]],
-    auditor: str,
-    strikes: Mapping[str, Strike],
-    lengths: Mapping[str, float],
-) -> tuple[Duty, ...]:
-    """The segments of a round that one of its members trains again; see :func:`draw_auditors`."""
-    drawn = (draw_auditors(section, after, claim, claims, strikes, lengths) for claim in claims)
-    return tuple(duties[auditor] for duties in drawn if auditor in duties)
+    def auditors(self, claim: Signed[Claim]) -> dict[str, Duty]:
+        """Who trains which segment of a claim again: auditor → duty.
 
+        A claim is audited by the `auditors` other members with the lowest BLAKE3(after ‖ claim ‖ member), of those who
+        by the tier in their own claims train its shards. Each draws by the same digest whether it does, at the
+        section's rate for this claim's peer, and one segment.
+        """
+        peer, statement, shards = claim.message.peer, claim.digest, claim.message.shards
+        able = [each.message.peer for each in self.claims if trains_all(each.message.tier, shards, self.lengths)]
+        ranks = {other: self._draw("auditor", statement, other) for other in able if other != peer}
+        rate = audit_rate(self.section, self.strikes, peer)
+        duties = {}
+        for auditor in sorted(ranks, key=ranks.__getitem__)[: self.section.auditors]:
+            if _fraction(self._draw("audit", statement, auditor)) < rate:
+                segment = _number(self._draw("audited-segment", statement, auditor)) % claim.message.segments
+                duties[auditor] = Duty(peer, statement, segment)
+        return duties
 
-def link_checker(
-    section: VerifySection,
-    after: bytes,
-    claim: Signed[Claim],
-    members: Sequence[Signed[Claim]],
-    strikes: Mapping[str, Strike],
-    lengths: Mapping[str, float],
-) -> str | None:
-    """Who compares a claim's last checkpoint with its delta and its norm, if anybody.
+    def segments(self, auditor: str) -> tuple[Duty, ...]:
+        """The segments of the round that one of its members trains again; see :meth:`auditors`."""
+        drawn = map(self.auditors, self.claims)
+        return tuple(duties[auditor] for duties in drawn if auditor in duties)
 
-    Each claim has another member of any tier for that, drawn at the section's rate, unless a segment of it is trained
-    again: its auditor makes the comparison then, and the last checkpoint may be what it must not see before it commits
-    to its own.
+    def link_checker(self, claim: Signed[Claim]) -> str | None:
+        """Who compares a claim's last checkpoint with its delta and its norm, if anybody.
 
-    Args:
-        after, members, strikes, lengths: as for :func:`draw_auditors`.
-    """
-    others = [each.message.peer for each in members if each.message.peer != claim.message.peer]
-    if not others or _fraction(_draw("checked-link", after, claim.digest, "")) >= section.links:
-        return None
-    if draw_auditors(section, after, claim, members, strikes, lengths):
-        return None
-    return min(others, key=lambda peer: _draw("link-checker", after, claim.digest, peer))
+        Each claim has another member of any tier for that, drawn at the section's rate, unless a segment of it is
+        trained again: its auditor makes the comparison then, and the last checkpoint may be what it must not see before
+        it commits to its own.
+        """
+        others = [each.message.peer for each in self.claims if each.message.peer != claim.message.peer]
+        if not others or _fraction(self._draw("checked-link", claim.digest, "")) >= self.section.links:
+            return None
+        if self.auditors(claim):
+            return None
+        return min(others, key=lambda peer: self._draw("link-checker", claim.digest, peer))
 
+    def links(self, checker: str) -> tuple[Signed[Claim], ...]:
+        """The claims of which one of the round's members checks the last link; see :meth:`link_checker`."""
+        return tuple(claim for claim in self.claims if self.link_checker(claim) == checker)
 
-def link_checkers(
-    section: VerifySection,
-    after: bytes,
-    claims: Sequence[Signed[Claim]],
-    strikes: Mapping[str, Strike],
-    lengths: Mapping[str, float],
-) -> dict[bytes, str]:
-    """Digest of a claim → who checks its last link, for those that somebody does; see :func:`link_checker`."""
-    drawn = {claim.digest: link_checker(section, after, claim, claims, strikes, lengths) for claim in claims}
-    return {statement: checker for statement, checker in drawn.items() if checker is not None}
+    def parts(self, receipts: Sequence[Signed[Receipt]], auditor: str) -> tuple[Duty, ...]:
+        """The parts of the round that one of its members reduces again: some of each other reducer's share.
 
+        Args:
+            receipts: those of the round's reducers.
+        """
+        duties = []
+        for receipt in receipts:
+            if receipt.message.peer == auditor:
+                continue
+            indices = [part.index for part in receipt.message.parts]
+            places = {index: self._draw("audited-part", receipt.digest, f"{auditor} {index}") for index in indices}
+            drawn = sorted(indices, key=places.__getitem__)[: self.section.parts]
+            duties += [Duty(receipt.message.peer, receipt.digest, index) for index in drawn]
+        return tuple(duties)
 
-def parts_to_reduce(
-    section: VerifySection, after: bytes, receipts: Sequence[Signed[Receipt]], auditor: str
-) -> tuple[Duty, ...]:
-    """The parts of a round that one of its members reduces again: some of each other reducer's share.
-
-    Args:
-        after: digest of the state that came of the round.
-        receipts: those of its reducers.
-    """
-    duties = []
-    for receipt in receipts:
-        if receipt.message.peer == auditor:
-            continue
-        indices = [part.index for part in receipt.message.parts]
-        drawn = sorted(indices, key=lambda index: _draw("audited-part", after, receipt.digest, f"{auditor} {index}"))
-        duties += [Duty(receipt.message.peer, receipt.digest, index) for index in drawn[: section.parts]]
-    return tuple(duties)
+    def _draw(self, kind: str, statement: bytes, rest: str) -> bytes:
+        return digest(kind, self.after + statement + rest.encode())
 
 
 def detection_probability(rate: float, segments: int, cheated: int, auditors: int = 1, colluding: float = 0.0) -> float:
@@ -139,10 +117,6 @@ def detection_probability(rate: float, segments: int, cheated: int, auditors: in
         colluding: share of the members that would hide it.
     """
     return 1.0 - (1.0 - rate * cheated / segments * (1.0 - colluding)) ** auditors
-
-
-def _draw(kind: str, after: bytes, statement: bytes, rest: str) -> bytes:
-    return digest(kind, after + statement + rest.encode())
 
 
 def _number(draw: bytes) -> int:

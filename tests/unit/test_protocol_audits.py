@@ -13,14 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pasr.protocol.audits import (
-    Duty,
-    detection_probability,
-    draw_auditors,
-    link_checkers,
-    parts_to_reduce,
-    segments_to_rerun,
-)
+from p2pasr.protocol.audits import Drawing, Duty, detection_probability
 from p2pasr.protocol.manifest import VerifySection
 from p2pasr.protocol.messages import Claim, Signed, seal
 from p2pasr.protocol.tiers import EVERY, TIERS
@@ -50,19 +43,25 @@ def after(number: int) -> bytes:
 
 def duties(section: VerifySection, state: bytes, claims: tuple[Signed[Claim], ...] = CLAIMS) -> list[tuple[str, Duty]]:
     """Every duty of every member, with the auditor that it falls to."""
-    return [(who.peer, duty) for who in PEERS for duty in segments_to_rerun(section, state, claims, who.peer, {}, {})]
+    return [(who.peer, duty) for who in PEERS for duty in Drawing(section, state, claims).segments(who.peer)]
+
+
+def link_checkers(drawing: Drawing) -> dict[bytes, str]:
+    """Digest of a claim → who checks its last link, for those that somebody does."""
+    drawn = {claim.digest: drawing.link_checker(claim) for claim in drawing.claims}
+    return {statement: checker for statement, checker in drawn.items() if checker is not None}
 
 
 @given(SECTIONS, AFTERS, st.permutations(CLAIMS), AUDITORS)
 def test_everybody_draws_the_same_from_the_same_round(
     section: VerifySection, state: bytes, shuffled: list[Signed[Claim]], auditor: str
 ) -> None:
-    drawn = segments_to_rerun(section, state, CLAIMS, auditor, {}, {})
-    assert drawn == segments_to_rerun(section, state, CLAIMS, auditor, {}, {})
-    assert set(drawn) == set(segments_to_rerun(section, state, shuffled, auditor, {}, {}))
-    assert link_checkers(section, state, CLAIMS, {}, {}) == link_checkers(section, state, shuffled, {}, {})
-    parts = parts_to_reduce(section, state, RECEIPTS, auditor)
-    assert set(parts) == set(parts_to_reduce(section, state, RECEIPTS[::-1], auditor))
+    drawn = Drawing(section, state, CLAIMS).segments(auditor)
+    assert drawn == Drawing(section, state, CLAIMS).segments(auditor)
+    assert set(drawn) == set(Drawing(section, state, shuffled).segments(auditor))
+    assert link_checkers(Drawing(section, state, CLAIMS)) == link_checkers(Drawing(section, state, shuffled))
+    parts = Drawing(section, state, CLAIMS).parts(RECEIPTS, auditor)
+    assert set(parts) == set(Drawing(section, state, CLAIMS).parts(RECEIPTS[::-1], auditor))
 
 
 @given(SECTIONS, AFTERS)
@@ -76,7 +75,7 @@ def test_nobody_checks_itself_and_every_duty_is_about_something_that_was_stated(
         assert 0 <= duty.item < claims[duty.statement].segments
     receipts = {receipt.digest: receipt.message for receipt in RECEIPTS}
     for who in PEERS:
-        parts = parts_to_reduce(section, state, RECEIPTS, who.peer)
+        parts = Drawing(section, state, CLAIMS).parts(RECEIPTS, who.peer)
         assert len(set(parts)) == len(parts)
         for duty in parts:
             assert duty.peer != who.peer
@@ -96,7 +95,9 @@ def test_at_rate_1_every_claim_has_its_number_of_auditors_and_at_rate_0_none(sta
 def test_no_claim_has_both_an_auditor_and_somebody_who_sees_its_last_checkpoint_at_once(
     section: VerifySection, state: bytes
 ) -> None:
-    checkers = link_checkers(section, state, CLAIMS, {}, {})
+    drawing = Drawing(section, state, CLAIMS)
+    checkers = link_checkers(drawing)
+    assert checkers == {claim.digest: who.peer for who in PEERS for claim in drawing.links(who.peer)}
     authors = {claim.digest: claim.message.peer for claim in CLAIMS}
     assert all(authors[claim] != checker for claim, checker in checkers.items())
     assert not checkers.keys() & {duty.statement for _, duty in duties(section, state)}
@@ -108,8 +109,8 @@ def test_at_links_1_every_claim_is_compared_with_its_delta_by_somebody_and_at_0_
 ) -> None:
     section = VerifySection(rate=rate, auditors=auditors, links=1.0)
     audited = {duty.statement for _, duty in duties(section, state)}
-    assert link_checkers(section, state, CLAIMS, {}, {}).keys() | audited == {claim.digest for claim in CLAIMS}
-    assert not link_checkers(VerifySection(rate=rate, auditors=auditors, links=0.0), state, CLAIMS, {}, {})
+    assert link_checkers(Drawing(section, state, CLAIMS)).keys() | audited == {claim.digest for claim in CLAIMS}
+    assert not link_checkers(Drawing(VerifySection(rate=rate, auditors=auditors, links=0.0), state, CLAIMS))
 
 
 LENGTHS = {digest_of("short").hex(): 4.0, digest_of("long").hex(): 12.0}
@@ -129,12 +130,12 @@ def test_only_peers_whose_tier_is_high_enough_are_drawn_and_everybody_draws_the_
 ) -> None:
     section = VerifySection(rate=1.0, auditors=auditors)
     claims = in_tiers(stated, [digest_of("short"), digest_of("long"), digest_of("no clips")])
-    drawn = draw_auditors(section, state, claims[0], claims, {}, LENGTHS)
+    drawn = Drawing(section, state, claims, {}, LENGTHS).auditors(claims[0])
     able = {who.peer for who, tier in zip(PEERS[1:], stated[1:], strict=True) if tier == EVERY or tier >= 12}
     assert drawn.keys() <= able
     assert len(drawn) == min(auditors, len(able))
     shuffled = chance.sample(claims, len(claims))
-    assert drawn == draw_auditors(section, state, claims[0], shuffled, {}, LENGTHS)
+    assert drawn == Drawing(section, state, shuffled, {}, LENGTHS).auditors(claims[0])
 
 
 @given(AFTERS, st.lists(tiers, min_size=5, max_size=5))
@@ -143,7 +144,7 @@ def test_a_claim_about_short_clips_is_audited_by_every_tier_whatever_it_states_i
 ) -> None:
     section = VerifySection(rate=1.0, auditors=4)
     claims = in_tiers(stated, [digest_of("short"), digest_of("no clips")])
-    drawn = draw_auditors(section, state, claims[0], claims, {}, LENGTHS)
+    drawn = Drawing(section, state, claims, {}, LENGTHS).auditors(claims[0])
     assert drawn.keys() == {who.peer for who in PEERS[1:]}
 
 
@@ -153,22 +154,22 @@ def test_where_nobody_else_can_train_a_claims_shards_its_last_checkpoint_is_comp
 ) -> None:
     section = VerifySection(rate=1.0, links=1.0)
     claims = in_tiers([EVERY, *stated], [digest_of("long")])
-    assert draw_auditors(section, state, claims[0], claims, {}, LENGTHS) == {}
-    assert claims[0].digest in link_checkers(section, state, claims, {}, LENGTHS)
+    assert Drawing(section, state, claims, {}, LENGTHS).auditors(claims[0]) == {}
+    assert claims[0].digest in link_checkers(Drawing(section, state, claims, {}, LENGTHS))
 
 
 @given(AFTERS, st.integers(0, 5), AUDITORS)
 def test_of_every_other_reducer_so_many_parts_are_checked(state: bytes, parts: int, auditor: str) -> None:
-    drawn = parts_to_reduce(VerifySection(parts=parts), state, RECEIPTS, auditor)
+    drawn = Drawing(VerifySection(parts=parts), state, CLAIMS).parts(RECEIPTS, auditor)
     for receipt in RECEIPTS:
         others = receipt.message.peer != auditor
         assert sum(duty.statement == receipt.digest for duty in drawn) == others * min(parts, 3)
 
 
 def test_a_peer_alone_in_its_round_is_checked_by_nobody() -> None:
-    assert segments_to_rerun(VerifySection(rate=1.0), after(0), CLAIMS[:1], PEERS[0].peer, {}, {}) == ()
-    assert link_checkers(VerifySection(rate=1.0), after(0), CLAIMS[:1], {}, {}) == {}
-    assert parts_to_reduce(VerifySection(parts=4), after(0), RECEIPTS[:1], PEERS[0].peer) == ()
+    assert Drawing(VerifySection(rate=1.0), after(0), CLAIMS[:1]).segments(PEERS[0].peer) == ()
+    assert link_checkers(Drawing(VerifySection(rate=1.0), after(0), CLAIMS[:1])) == {}
+    assert Drawing(VerifySection(parts=4), after(0), CLAIMS).parts(RECEIPTS[:1], PEERS[0].peer) == ()
 
 
 def within(count: int, draws: int, probability: float) -> bool:
@@ -189,7 +190,7 @@ def test_over_many_rounds_claims_are_audited_at_the_rate_of_the_manifest(rate: f
 @pytest.mark.parametrize("links", [0.1, 0.6])
 def test_over_many_rounds_links_are_checked_at_the_rate_of_the_manifest_by_every_member_alike(links: float) -> None:
     section, rounds = VerifySection(rate=0.0, links=links), 600
-    drawn = [link_checkers(section, after(number), CLAIMS, {}, {}) for number in range(rounds)]
+    drawn = [link_checkers(Drawing(section, after(number), CLAIMS)) for number in range(rounds)]
     assert within(sum(map(len, drawn)), rounds * len(CLAIMS), links)
     for who in PEERS[1:]:
         count = sum(checkers.get(CLAIMS[0].digest) == who.peer for checkers in drawn)
@@ -208,7 +209,7 @@ def test_over_many_rounds_every_segment_auditor_and_part_is_drawn_alike() -> Non
     for who in PEERS:
         if who.peer != claim.message.peer:
             assert within(sum(auditor == who.peer for auditor, _ in drawn), rounds, 1 / 4)
-    parts = [parts_to_reduce(section, after(n), RECEIPTS[:1], PEERS[4].peer)[0].item for n in range(rounds)]
+    parts = [Drawing(section, after(n), CLAIMS).parts(RECEIPTS[:1], PEERS[4].peer)[0].item for n in range(rounds)]
     for index in range(3):
         assert within(parts.count(index), rounds, 1 / 3)
 

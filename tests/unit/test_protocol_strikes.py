@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pasr.protocol.audits import draw_auditors
+from p2pasr.protocol.audits import Drawing
 from p2pasr.protocol.manifest import VerifySection
 from p2pasr.protocol.messages import Claim, seal
 from p2pasr.protocol.strikes import Strike, audit_rate, is_strike, strike, suspended
@@ -81,8 +81,8 @@ def test_every_strike_doubles_the_rate_and_no_number_of_them_is_too_large(sectio
 def test_who_was_drawn_before_a_strike_is_drawn_after_it_and_for_the_same_segment(number: int, count: int) -> None:
     claim = seal(make_identity(1), make_claim(make_identity(1), MANIFEST, STATE, segments=4))
     section, after = VerifySection(rate=0.25, auditors=3), digest_of(f"after {number}")
-    before = draw_auditors(section, after, claim, CLAIMS, {}, {})
-    struck = draw_auditors(section, after, claim, CLAIMS, {PEERS[0]: (count + 1, 3)}, {})
+    before = Drawing(section, after, CLAIMS).auditors(claim)
+    struck = Drawing(section, after, CLAIMS, {PEERS[0]: (count + 1, 3)}).auditors(claim)
     assert before.items() <= struck.items()
     assert len(struck) <= 3
     if count:
