@@ -1,4 +1,4 @@
-"""`p2pasr task`: your own tasks."""
+"""`p2pasr task`: what can be set in a task's section, and checking tasks of your own."""
 
 from __future__ import annotations
 
@@ -13,12 +13,34 @@ from rich.table import Table
 
 from p2pasr.errors import LocalError
 
-app = typer.Typer(help="Your own tasks.", no_args_is_help=True)
+app = typer.Typer(help="What tasks can be told, and tasks of your own.", no_args_is_help=True)
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps `check` a subcommand while it is the only one."""
+@app.command("settings")
+def show_settings(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="a task.kind, such as lora")],
+    architecture: Annotated[str, typer.Argument(metavar="[ARCHITECTURE]", help="one of a student's")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="print a JSON Schema instead, for editors")] = False,
+) -> None:
+    """List the settings of a task's section, `task.config`, with their defaults."""
+    from p2pasr.tasks.settings import schema, settings
+
+    if as_json:
+        typer.echo(json.dumps(schema(kind), ensure_ascii=False))
+        return
+    shapes = {shape: rows for shape, rows in settings(kind).items() if architecture in ("", *shape.split(", "))}
+    if not shapes:
+        raise LocalError(f"task {kind!r} has no architecture {architecture!r}; it has {', '.join(settings(kind))}")
+    console = Console(highlight=False)
+    for shape, rows in shapes.items():
+        table = Table(title=shape, title_justify="left")
+        table.add_column("setting", no_wrap=True)
+        table.add_column("values", max_width=20)
+        table.add_column("default", max_width=16)
+        table.add_column("meaning")
+        for row in rows:
+            table.add_row(row.name, row.values, row.default, row.meaning)
+        console.print(table)
 
 
 @app.command()

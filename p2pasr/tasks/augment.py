@@ -13,12 +13,16 @@ from torch import Tensor
 class SpecAugment(BaseModel):
     """The `spec_augment` section of a task's configuration. The widths are drawn from zero to these."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     frequency_masks: Annotated[int, Field(ge=0, le=64)] = 2
+    """Stretches of mel bands that are hidden."""
     frequency_bins: Annotated[int, Field(ge=1, le=128)] = 27
     """Mel bands that one mask covers at most."""
     time_masks: Annotated[int, Field(ge=0, le=64)] = 2
+    """Stretches of time that are hidden."""
     time_frames: Annotated[int, Field(ge=1, le=3000)] = 100
     """Frames of 10 ms that one mask covers at most."""
     time_share: Annotated[float, Field(ge=0, le=1)] = 0.2

@@ -22,15 +22,20 @@ SUBSAMPLING = 4
 class EncoderConfig(BaseModel):
     """Sizes of the encoder; those of its blocks hold for blocks that read text too."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     width: Annotated[int, Field(ge=8, le=1024)] = 256
+    """Values of a state."""
     layers: Annotated[int, Field(ge=1, le=48)] = 8
+    """Blocks that hear."""
     attention_heads: Annotated[int, Field(ge=1, le=64)] = 4
+    """Of each block; a divisor of the width."""
     feedforward: Annotated[int, Field(ge=8, le=8192)] = 1024
+    """Width of a block's hidden layer."""
     kernel: Annotated[int, Field(ge=1, le=63)] = 15
     """Positions that the convolution of a block sees; odd."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of every block, while training."""
 
     @model_validator(mode="after")
     def _fits(self) -> EncoderConfig:

@@ -50,6 +50,7 @@ class CtcHeadConfig(WhisperTaskConfig):
     """
 
     architecture: str
+    """The student's shape."""
     pretrained: str | None = None
     """Hub id or local folder of a model to start from; all of it is trained. Its head is replaced."""
     pretrained_revision: str | None = None
@@ -63,6 +64,7 @@ class CtcHeadConfig(WhisperTaskConfig):
     characters: Annotated[str, Field(min_length=1, max_length=100_000)] | None = None
     """Those that the head can write, ascending; filled in from the run's shards by `p2pasr run new`."""
     gradient_checkpointing: bool = False
+    """Compute states again on the way back instead of keeping them: less memory, about a third more time."""
 
     @model_validator(mode="after")
     def _head_fits(self) -> CtcHeadConfig:
@@ -85,10 +87,13 @@ class CtcConfig(CtcHeadConfig):
     """The `task.config` of a student with a CTC head whose layers are all alike."""
 
     architecture: Literal["transformer-ctc", "parakeet-ctc", "wav2vec2-ctc", "hubert-ctc", "wav2vec2-bert-ctc"]
+    """The student's shape."""
     layers: Annotated[int, Field(ge=1, le=128)] | None = None
+    """Of what starts from nothing; as published where it is left out, like the next two."""
     width: Annotated[int, Field(ge=16, le=4096, multiple_of=16)] | None = None
+    """Values of a state."""
     heads: Annotated[int, Field(ge=1, le=64)] | None = None
-    """The shape of what starts from nothing; :data:`SIZES` where it is left out."""
+    """Of each attention; the width is a multiple of twice as many."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> CtcConfig:
@@ -115,6 +120,7 @@ class ZipformerCtcConfig(CtcHeadConfig):
     """The `task.config` of a Zipformer with a CTC head."""
 
     architecture: Literal["zipformer-ctc"]
+    """The student's shape."""
     sizes: ZipformerSizes | None = None
     """The shape of what starts from nothing; Zipformer-S where it is left out."""
 

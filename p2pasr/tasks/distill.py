@@ -36,18 +36,21 @@ class DistillTaskConfig(FullTaskConfig):
     """The `task.config` section of a manifest whose task is `distill`. `model` is what the student starts from."""
 
     encoder_layers: Layers | None = None
+    """Which of the model's layers that hear the student has; all if left out."""
     decoder_layers: Layers | None = None
     """Which of the model's layers the student has, such as [0, -1] for the first and the last; all if left out."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.7
     """Share of the teacher in the loss; the rest is cross entropy with the transcripts."""
     first_temperature: Annotated[float, Field(ge=1, le=100)] = 4.0
+    """Of teacher and student in the run's first step."""
     last_temperature: Annotated[float, Field(ge=1, le=100)] = 1.0
-    """The temperature goes from one to the other by equal steps over the run."""
+    """In its last; from one to the other it goes by equal steps."""
     teacher_online: bool = False
     """Run the teacher in the segments. Otherwise its labels are in the shards: `p2pasr distill label`."""
     teacher: str | None = None
     """Hub id or local folder of the teacher that runs in the segments; `model` if left out."""
     teacher_revision: str | None = None
+    """Commit of its hub repository."""
     teacher_weights: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """BLAKE3 of the teacher's weights, filled in by `p2pasr run new`."""
     top_k: Annotated[int, Field(ge=1, le=4096)] = 64

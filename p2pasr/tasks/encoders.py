@@ -289,13 +289,16 @@ _Channels = Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(mi
 class ZipformerSizes(BaseModel):
     """The shape of a Zipformer, by default that of Zipformer-S: a value for each stack, the first heard first."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     layers: _Counts = (2, 2, 2, 2, 2, 2)
+    """Blocks of each stack."""
     widths: _Widths = (192, 256, 256, 256, 256, 256)
+    """Values of a state."""
     downsampling: _Factors = (1, 2, 4, 8, 4, 2)
     """How many of the front end's frames, which are 20 ms each, are one of the stack's."""
     heads: _Counts = (4, 4, 4, 8, 4, 4)
+    """Of each attention."""
     feedforwards: _HiddenWidths = (512, 768, 768, 768, 768, 768)
     """Hidden width of a block's second feed-forward module; the first has three quarters of it, the third five."""
     kernels: _Kernels = (31, 31, 15, 15, 15, 31)

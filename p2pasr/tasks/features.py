@@ -70,6 +70,7 @@ class FeaturesTaskConfig(TrainingConfig):
     head_weights: dict[HeadName, Annotated[float, Field(gt=0, le=1000)]] = Field(default_factory=dict)
     """What a head's loss counts; 1 for those that are not named."""
     encoder: EncoderConfig = EncoderConfig()
+    """Sizes of the encoder, whose blocks read text too where a head does."""
 
     dialects: Annotated[tuple[Dialect, ...], Field(strict=False)] = ()
     """Classes of `accent`, and what `phoneme` knows; filled in from the run's shards by `p2pasr run new`."""
@@ -85,6 +86,7 @@ class FeaturesTaskConfig(TrainingConfig):
     mask_span: Annotated[int, Field(ge=1, le=3000)] = 20
     """Frames of 10 ms that are hidden together."""
     mask_loss: Literal["l1", "l2"] = "l1"
+    """How far from the hidden frames a guess lies."""
     text_layers: Annotated[int, Field(ge=1, le=24)] = 2
     """Blocks of `confidence` and of `correction` that read a transcript."""
     lexicon: Annotated[tuple[Word, ...], Field(max_length=100_000, strict=False)] = ()

@@ -21,9 +21,11 @@ class FullTaskConfig(WhisperTaskConfig):
     """The `task.config` section of a manifest whose task is `full`."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-5
+    """AdamW's, at its highest: it falls from there to zero by a cosine over the run."""
     freeze_encoder: bool = False
     """Train the decoder only: what the encoder makes of sound stays as it is."""
     gradient_checkpointing: bool = False
+    """Compute states again on the way back instead of keeping them: less memory, about a third more time."""
 
 
 class FullTask(WhisperTask):

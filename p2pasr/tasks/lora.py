@@ -27,13 +27,17 @@ class AdapterSettings(WhisperTaskConfig):
     """What the `task.config` sections of tasks with adapters share."""
 
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Of an adapter's two factors."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
+    """An adapter counts alpha / rank times."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Of what an adapter hears, while training."""
     targets: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("q_proj", "v_proj")
     """Names of the linear layers that get an adapter."""
     quantise: Literal["none", "8bit", "4bit"] = "none"
     """Store the frozen base in 8 bits (LLM.int8) or 4 (NF4) through bitsandbytes."""
     gradient_checkpointing: bool = False
+    """Compute states again on the way back instead of keeping them: less memory, about a third more time."""
 
 
 class LoraTaskConfig(AdapterSettings):

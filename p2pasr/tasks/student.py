@@ -30,12 +30,19 @@ class ScratchWhisperConfig(FullTaskConfig):
     """
 
     architecture: Literal["whisper"]
+    """The student's shape."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-4
+    """AdamW's, at its highest: it falls from there to zero by a cosine over the run."""
     width: Annotated[int, Field(ge=8, le=4096)] = 512
+    """Values of a state; hidden layers have four times as many."""
     encoder_layers: Annotated[int, Field(ge=1, le=64)] = 6
+    """Layers that hear."""
     decoder_layers: Annotated[int, Field(ge=1, le=64)] = 6
+    """Layers that write."""
     heads: Annotated[int, Field(ge=1, le=64)] = 8
+    """Of each attention; the width is a multiple of twice as many."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of every layer, while training."""
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> ScratchWhisperConfig:
@@ -104,6 +111,7 @@ class DistilWhisperConfig(FullTaskConfig):
     """The `task.config` of a student that keeps the encoder of `model` and a few layers of its decoder."""
 
     architecture: Literal["distil-whisper"]
+    """The student's shape."""
     freeze_encoder: bool = True
     """As Distil-Whisper does (Gandhi et al. 2023): what the teacher hears, the student hears."""
     decoder_layers: Annotated[tuple[int, ...], Field(min_length=1, max_length=64, strict=False)] = (0, -1)

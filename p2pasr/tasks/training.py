@@ -34,17 +34,27 @@ _log = logging.getLogger(__name__)
 class TrainingConfig(BaseModel):
     """What the `task.config` sections of all such tasks share."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """AdamW's, at its highest: it falls from there to zero by a cosine over the run."""
     warmup_steps: Annotated[int, Field(ge=0)] = 50
+    """Steps over which the learning rate grows from zero at the run's beginning."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decoupled, for all that is trained."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the mean gradient."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the mean squared gradient."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """L2 norm to which longer gradients are cut."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """With moments in float32, or in 8 bits through bitsandbytes."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Of what autocast computes; weights and moments stay float32."""
     micro_batch: Annotated[int, Field(ge=1)] | None = None
     """Examples that go through the model at once; gradients of a step are summed over them."""
 

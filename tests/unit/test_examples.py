@@ -22,6 +22,6 @@ def test_every_example_is_a_run(path: Path) -> None:
     validated(module.CONFIG, config.task.config, "task.config")
 
 
-def test_there_are_examples() -> None:
-    assert EXAMPLES
-    assert DEMOS
+def test_every_kind_of_task_has_an_example_and_a_demo() -> None:
+    for paths in (EXAMPLES, DEMOS):
+        assert {read_config(path).task.kind for path in paths} == KINDS.keys()
