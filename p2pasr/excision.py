@@ -1,7 +1,7 @@
 """Excision: what was merged of a peer in its last rounds is taken out of the state by the round that bans it.
 
 Whoever speaks against a peer computes what takes its work out again, from the record and the deltas of
-these rounds, and names the digest beside the accusation. What more than half of a round's merged claims
+these rounds, and names the digest beside the accusation. What more than half of a round's claims
 name alike is subtracted by everybody; a state is a function of its rounds, as before.
 """
 
@@ -150,8 +150,8 @@ def _open_round(
 # --- taking out what is agreed on -----------------------------------------------------------------
 
 
-def agreed_undos(member: Member, merged: Sequence[Claim]) -> list[Undo]:
-    """What a round takes out of the state: the undos that more than half of its merged claims name.
+def agreed_undos(member: Member, voters: Sequence[Claim]) -> list[Undo]:
+    """What a round takes out of the state: the undos that more than half of its claims name.
 
     Where two of them take out the same delta of somebody, who gave it to nobody any more, only the first counts.
 
@@ -160,8 +160,8 @@ def agreed_undos(member: Member, merged: Sequence[Claim]) -> list[Undo]:
         Reject: one is none.
     """
     undos: list[Undo] = []
-    for peer, digest in undone(merged).items():
-        names = [claim.peer for claim in merged if digest in claim.undo]
+    for peer, digest in undone(voters).items():
+        names = [claim.peer for claim in voters if digest in claim.undo]
         _have(member, "undo", digest, max_undo_bytes(member.manifest), names)
         undo = read_undo(member.store.get(digest), member.like)
         if undo.peer != peer:

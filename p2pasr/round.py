@@ -556,13 +556,14 @@ def apply(member: Member, work: Work, merged: Merged, expected: set[str]) -> Ave
     counted = admission.counting(everybody, member.manifest, member.state.standing, member.state.guests)
     if member.peer not in counted:
         member.report.warn(f"round {member.state.round} has no room for this newcomer; its work is not in the average")
-    claims = [everybody[at] for at in in_every_part(merged.receipts) if everybody[at].peer in counted]
-    undos = agreed_undos(member, claims)
+    voters = [claim for claim in everybody if claim.peer in counted]
+    undos = agreed_undos(member, voters)
     for undo in undos:
         params = undo.taken_from(params)
     if not all(np.isfinite(value).all() for value in (*params.values(), *moments.values())):
         raise Reject("the average moves the parameters beyond what float32 holds")
-    after = advance(member.state, member.manifest, claims, params, moments)
+    whole = [everybody[at] for at in in_every_part(merged.receipts) if everybody[at].peer in counted]
+    after = advance(member.state, member.manifest, whole, params, moments, voters)
     electorate = frozenset(expected | {claim.peer for claim in everybody})
     return Averaged(after, electorate, work, merged, excised={undo.peer: undo.rounds for undo in undos})
 

@@ -151,7 +151,9 @@ def check_group(
     layout = Layout.of(view.manifest.parameters, view.manifest.averaging)
     rates = shares.agreed_rates([each.rates for each in brought], group.peers)
     messages = [claim.message for claim in claims]
-    reducing = reachable - failed_reducers(brought, group.peers) or reachable
+    out = rules.banned(messages, view.manifest, view.credit, view.guests)
+    trusted = frozenset(at for at in reachable if group.peers[at] not in out) or reachable
+    reducing = trusted - failed_reducers(brought, group.peers) or trusted
     return Members(
         group=group_id(group),
         claims=claims,

@@ -53,7 +53,7 @@ def weights(
 
     With `duplicates: first`, a shard named by several claims counts only for the one with the lowest
     digest; a claim left with none keeps the weight 0. So do claims that do not count, and one whose author is banned
-    with this round: more than half of the claims speak against it. Those of newcomers together weigh at most
+    with this round: more than half of those that count speak against it. Those of newcomers together weigh at most
     `newcomer_share` of all; see :mod:`p2pasr.protocol.admission`.
 
     Args:
@@ -79,9 +79,21 @@ def weights(
     judging = [weight for weight, claim in zip(trusted, claims, strict=True) if claim.peer in counted]
     cap = manifest.averaging.weight_cap * median(judging or trusted)
     capped = [min(weight, cap) for weight in trusted] if cap > 0 else trusted
-    out = condemn({}, claims, 0)
+    out = banned(claims, manifest, credit, guests)
     left = [0.0 if claim.peer in out else weight for weight, claim in zip(capped, claims, strict=True)]
     return limited(left, newcomers(claims, manifest, credit), manifest.admission.newcomer_share)
+
+
+def banned(
+    claims: Sequence[Claim], manifest: RunManifest, credit: Mapping[str, float], guests: Mapping[str, str]
+) -> set[str]:
+    """Whom a round bans: its claims weigh nothing, and its parts are reduced by others.
+
+    Args:
+        claims, credit, guests: as for :func:`weights`.
+    """
+    counted = counting(claims, manifest, credit, guests)
+    return set(condemn({}, [claim for claim in claims if claim.peer in counted], 0))
 
 
 def trust(credit: float, manifest: RunManifest) -> float:

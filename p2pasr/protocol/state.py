@@ -231,14 +231,24 @@ def _check_ledger(meta: Mapping[str, Any], manifest: RunManifest) -> None:
         raise Reject("a state's description is malformed")
 
 
-def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params: Tensors, moments: Tensors) -> State:
-    """S_{r+1}: the ledger folded over the merged claims, with the outer optimizer's new parameters.
+def advance(
+    state: State,
+    manifest: RunManifest,
+    merged: Iterable[Claim],
+    params: Tensors,
+    moments: Tensors,
+    voters: Iterable[Claim] | None = None,
+) -> State:
+    """S_{r+1}: the ledger folded over the round's claims, with the outer optimizer's new parameters.
 
     Args:
-        claims: those that count and are in every part of the average; their order does not matter.
+        merged: those that count and are in every part of the average: these earn. The order of claims does not matter.
         params, moments: what the outer optimizer made of the average, see :func:`remember` for more moments.
+        voters: all that count, for each of them votes: who reduces a part decides who is in it, and must not decide who
+            has a say. Those that are merged if None.
     """
-    merged = sorted(claims, key=lambda claim: claim.peer)
+    merged = sorted(merged, key=lambda claim: claim.peer)
+    voters = merged if voters is None else sorted(voters, key=lambda claim: claim.peer)
     covered, ended = cover(state.covered, merged, manifest)
     return State(
         run=state.run,
@@ -248,9 +258,9 @@ def advance(state: State, manifest: RunManifest, claims: Iterable[Claim], params
         moments=moments,
         epoch=state.epoch + ended,
         covered=covered,
-        credit=earn(state.credit, merged, manifest),
-        bans=condemn(state.bans, merged, state.round),
-        strikes=strike(state.strikes, merged, state.round, manifest.verify),
+        credit=earn(state.credit, merged, voters, manifest),
+        bans=condemn(state.bans, voters, state.round),
+        strikes=strike(state.strikes, voters, state.round, manifest.verify),
         bits=bits_after(state.round, state.bits, len(merged), manifest),
         common=(state.digest if state.is_common else state.common) if state.bits else NO_PARENT,
         guests=welcome(state.guests, merged, manifest),
@@ -295,24 +305,30 @@ def trained_seconds(claim: Claim, manifest: RunManifest, seconds: Mapping[str, f
     return audio * claim.segments / manifest.rounds.segments
 
 
-def condemn(bans: Mapping[str, int], merged: Iterable[Claim], round_number: int) -> dict[str, int]:
-    """Who is banned after a round: those that more than half of its merged claims speak against, and those before.
+def condemn(bans: Mapping[str, int], voters: Iterable[Claim], round_number: int) -> dict[str, int]:
+    """Who is banned after a round: those that more than half of its claims speak against, and those before.
 
     A peer speaks against another only when it has checked the proof itself, so that the majority which decides what
     the state is decides this too, and nobody is banned on one peer's word where there are others.
+
+    Args:
+        voters: all claims of the round's group that count, merged or not.
     """
-    claims = list(merged)
+    claims = list(voters)
     votes = Counter(peer for claim in claims for peer in claim.against)
     fresh = {peer: round_number for peer, count in votes.items() if 2 * count > len(claims)}
     return dict(sorted({**fresh, **bans}.items()))
 
 
-def undone(merged: Iterable[Claim]) -> dict[str, bytes]:
+def undone(voters: Iterable[Claim]) -> dict[str, bytes]:
     """Whose work is taken out of the state with a round, peer → digest of its undo.
 
-    More than half of the merged claims name the same undo of the peer, so that the round bans it too.
+    More than half of the claims name the same undo of the peer, so that the round bans it too.
+
+    Args:
+        voters: as for :func:`condemn`.
     """
-    claims = list(merged)
+    claims = list(voters)
     votes = Counter(pair for claim in claims for pair in zip(claim.against, claim.undo, strict=True))
     return {peer: undo for (peer, undo), count in sorted(votes.items()) if undo != NO_UNDO and 2 * count > len(claims)}
 
@@ -335,13 +351,19 @@ def cover(covered: Mapping[str, int], merged: Iterable[Claim], manifest: RunMani
     return dict(sorted(counted.items())), False
 
 
-def earn(credit: Mapping[str, float], merged: Iterable[Claim], manifest: RunManifest) -> dict[str, float]:
-    """Credit merged claims to their peers, and take all from those whose work is undone: peer → seconds of audio."""
-    earned, claims = dict(credit), list(merged)
+def earn(
+    credit: Mapping[str, float], merged: Iterable[Claim], voters: Iterable[Claim], manifest: RunManifest
+) -> dict[str, float]:
+    """Credit merged claims to their peers, and take all from those whose work is undone: peer → seconds of audio.
+
+    Args:
+        voters: as for :func:`condemn`.
+    """
+    earned = dict(credit)
     seconds = shard_seconds(manifest)
-    for claim in claims:
+    for claim in merged:
         earned[claim.peer] = earned.get(claim.peer, 0.0) + trained_seconds(claim, manifest, seconds)
-    return earned | dict.fromkeys(undone(claims), 0.0)
+    return earned | dict.fromkeys(undone(voters), 0.0)
 
 
 def describe(state: State) -> dict[str, Any]:

@@ -31,12 +31,15 @@ def is_strike(value: Any) -> bool:
 
 
 def strike(
-    strikes: Mapping[str, Strike], merged: Iterable[Claim], number: int, section: VerifySection
+    strikes: Mapping[str, Strike], voters: Iterable[Claim], number: int, section: VerifySection
 ) -> dict[str, Strike]:
     """Whose strikes count after round `number`: those before, but for the forgotten, and one for each peer that more
-    than half of the round's merged claims name.
+    than half of the round's claims name.
+
+    Args:
+        voters: all claims of the round's group that count, merged or not.
     """
-    claims = list(merged)
+    claims = list(voters)
     votes = Counter(peer for claim in claims for peer in claim.strikes)
     named = {peer for peer, count in votes.items() if 2 * count > len(claims)} if section.strikes else set()
     remembered = remember_strikes(strikes, number + 1, section)

@@ -96,7 +96,7 @@ def _values(field: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         return str(field["const"])
     if "enum" in field:
         return ", ".join(map(str, field["enum"]))
-    kind = field.get("type", "")
+    kind: str = field.get("type", "")
     if kind == "array":
         items = field.get("items", {})
         return f"list of {_values(items, definitions)}" if items else "list"

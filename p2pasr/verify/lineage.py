@@ -60,11 +60,12 @@ def follow(
             strikes, guests = record.strikes, record.guests
         else:
             counted = counting(claims, manifest, trusted, guests)
+            voters = [claim for claim in claims if claim.peer in counted]
             merged = [claim for claim in record.merged() if claim.peer in counted]
             guests = welcome(guests, merged, manifest)
             covered, _ = cover(covered, merged, manifest)
-            credit = earn(credit, merged, manifest)
-            bans = condemn(bans, merged, number)
-            strikes = strike(strikes, merged, number, manifest.verify)
+            credit = earn(credit, merged, voters, manifest)
+            bans = condemn(bans, voters, number)
+            strikes = strike(strikes, voters, number, manifest.verify)
             bits = bits_after(number, bits, len(merged), manifest)
         number, state = record.next_round, record.after

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from p2pasr.protocol.messages import Accusation, Charge, PartReceipt, seal
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.tasks.base import Checkpoint, SegmentPlan, SegmentReport, Task
 from p2pasr.verify.compare import Comparison
+from p2pasr.verify.undo import Undo
 
 Trained = tuple[Checkpoint, SegmentReport]
 Train = Callable[[Task, Checkpoint, Any, SegmentPlan], Trained]
@@ -284,6 +285,48 @@ def wrong_code(patch: pytest.MonkeyPatch) -> None:
         return dataclasses.replace(receipt, result=blob_digest(bent))
 
     patch.setattr(PartReducer, "_reduce", reduce)
+
+
+def deaf(hears: Callable[[Any], bool]) -> Callable[[pytest.MonkeyPatch], None]:
+    """Leaves all out of its share but those whose claims it wants to hear, if there are any.
+
+    Args:
+        hears: whether a claim is one of these.
+    """
+
+    def attack(patch: pytest.MonkeyPatch) -> None:
+        honest = PartReducer._reduce
+
+        def reduce(self: PartReducer, index: int, parts: dict[int, bytes]) -> PartReceipt:
+            heard = {at: part for at, part in parts.items() if hears(self.members.claims[at].message)}
+            return honest(self, index, heard or parts)
+
+        patch.setattr(PartReducer, "_reduce", reduce)
+
+    return attack
+
+
+def silences_its_accusers(patch: pytest.MonkeyPatch) -> None:
+    """Flips the sign of what it trained, and leaves out of its share whoever speaks against anybody."""
+    scaled(-10)(patch)
+    deaf(lambda claim: not claim.against)(patch)
+
+
+def judges_alone(patch: pytest.MonkeyPatch) -> None:
+    """Speaks against all others, without any proof and with an undo of its own, and leaves them out of its share."""
+    deaf(lambda claim: bool(claim.against))(patch)
+
+    def accused(member: Any) -> tuple[str, ...]:
+        return tuple(sorted(peer for peer in member.state.credit if peer != member.peer))
+
+    def undos_of(member: Any, against: Sequence[str]) -> tuple[bytes, ...]:
+        harm = {name: np.full(value.shape, 100, np.float32) for name, value in member.like.items()}
+        made = [Undo(peer, ((0, peer),), harm) for peer in against]
+        return tuple(member.store.put("undo", *undo.pieces) for undo in made)
+
+    patch.setattr(story, "accused", accused)
+    patch.setattr(story, "undos_of", undos_of)
+    patch.setattr(story, "struck", accused)
 
 
 # --- around the audit ----------------------------------------------------------------------------------

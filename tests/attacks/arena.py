@@ -285,7 +285,8 @@ class Arena:
         messages, held = [claim.message for claim in claims], players[0].member.state
         weights = rules.weights(messages, self.manifest, held.standing, held.guests)
         new = newcomers(messages, self.manifest, held.standing)
-        split = shares.split(layout.parts, [1.0] * len(players))
+        out = rules.banned(messages, self.manifest, held.standing, held.guests)
+        split = shares.split(layout.parts, [0.0 if player.peer in out else 1.0 for player in players])
         group = blob_digest(b"".join(claim.digest for claim in claims))
         everybody = frozenset(range(len(players)))
         rule = self.manifest.averaging.rule

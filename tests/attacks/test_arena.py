@@ -120,6 +120,24 @@ def test_without_audits_the_same_cheat_stays_and_earns_as_much_as_the_others(are
     assert len(set(swarm.state.credit.values())) == 1
 
 
+def test_a_reducer_that_leaves_out_its_accusers_is_banned_as_soon_as_one_that_does_not(arena: MakeArena) -> None:
+    deaf, plain = arena({CHEAT: adversary.silences_its_accusers}), arena({CHEAT: scaled(-10)})
+    for swarm in (deaf, plain):
+        swarm.play(2)
+        assert swarm.banned == {CHEAT}
+        check_proofs(swarm, {CHEAT})
+    assert np.array_equal(deaf.state.params["weights"], plain.state.params["weights"])
+
+
+def test_one_reducer_that_leaves_all_others_out_bans_and_strikes_nobody_and_undoes_nothing(arena: MakeArena) -> None:
+    alone, honest = arena({CHEAT: adversary.judges_alone}), arena({CHEAT: adversary.deaf(lambda _: False)})
+    for swarm in (alone, honest):
+        swarm.play(3)
+        assert swarm.banned == set()
+        assert swarm.strikes == {}
+    assert held_out_loss(alone.state.params) < 1.2 * held_out_loss(honest.state.params)
+
+
 def test_without_audits_flipped_signs_keep_the_others_from_learning(arena: MakeArena) -> None:
     audited = losses_of(arena({CHEAT: scaled(-10)}), 8)
     unaudited = losses_of(arena({CHEAT: scaled(-10)}, **OFF), 8)

@@ -28,7 +28,7 @@ from p2pasr.peers import host as host_module
 from p2pasr.peers.host import Host
 from p2pasr.protocol.encoding import blob_digest, pack, unpack
 from p2pasr.protocol.manifest import RuleSection
-from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Claim, PartReceipt, Receipt, Signed, seal, unseal
+from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, NO_UNDO, Claim, PartReceipt, Receipt, Signed, seal, unseal
 from p2pasr.protocol.rules import check_receipts
 from p2pasr.protocol.signing import short
 from p2pasr.verify.conflict import Conflict, contradict
@@ -932,6 +932,20 @@ def test_a_member_that_failed_some_member_before_does_not_reduce_again() -> None
     alone = gathered(members.claims[0], failed=(group.peers[1],), reduces=False)
     pair = Group(GROUP, group.peers[:2], (alone, group.gathered[1]))
     assert check_group(pair, VIEW, members.claims[0]).reducers == (1,), "somebody must"
+
+
+def test_whom_a_group_bans_reduces_nothing_in_it_and_weighs_nothing() -> None:
+    members = members_of(4)
+    last = members.claims[3].message.peer
+    claims = [
+        seal(make_identity(number), dataclasses.replace(claim.message, against=against, undo=(NO_UNDO,) * len(against)))
+        for number, (claim, against) in enumerate(zip(members.claims, ((last,), (last,), (last,), ()), strict=True), 1)
+    ]
+    checked = check_group(group_of(dataclasses.replace(members, claims=tuple(claims))), VIEW, claims[0])
+    assert checked.reducers == (0, 1, 2)
+    assert checked.weights[3] == 0.0
+    half = (*claims[:2], *members.claims[2:])
+    assert check_group(group_of(dataclasses.replace(members, claims=half)), VIEW, half[0]).weights[3] > 0.0
 
 
 def test_shares_follow_what_members_measured() -> None:

@@ -407,6 +407,16 @@ def test_more_than_half_of_a_rounds_claims_ban(claims: int, votes: int, banned: 
     assert parse_state(after.blob, MANIFEST, LIKE).bans == after.bans
 
 
+@given(st.integers(2, 9), st.data())
+def test_whoever_is_left_out_of_a_part_votes_all_the_same_and_earns_nothing(count: int, data: st.DataObject) -> None:
+    eve, against = make_identity(99).peer, data.draw(st.integers(0, count))
+    voters = [accusing(number, *((99,) if number <= against else ())) for number in range(1, count + 1)]
+    merged = data.draw(st.lists(st.sampled_from(voters), unique_by=id, min_size=1))
+    after = advance(GENESIS, MANIFEST, merged, GENESIS.params, {}, voters)
+    assert (eve in after.bans) == (2 * against > count)
+    assert after.credit.keys() == {claim.peer for claim in merged}
+
+
 def undoing(number: int, undo: bytes) -> Claim:
     return dataclasses.replace(accusing(number, 99), undo=(undo,))
 
