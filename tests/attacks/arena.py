@@ -286,7 +286,8 @@ class Arena:
         weights = rules.weights(messages, self.manifest, held.standing, held.guests)
         new = newcomers(messages, self.manifest, held.standing)
         out = rules.banned(messages, self.manifest, held.standing, held.guests)
-        split = shares.split(layout.parts, [0.0 if player.peer in out else 1.0 for player in players])
+        trusted = [player.peer not in out for player in players]
+        split = shares.split(layout.parts, [float(each or not any(trusted)) for each in trusted])
         group = blob_digest(b"".join(claim.digest for claim in claims))
         everybody = frozenset(range(len(players)))
         rule = self.manifest.averaging.rule
