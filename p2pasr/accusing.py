@@ -8,7 +8,7 @@ from p2pasr.errors import LocalError, P2pasrError, Reject, RemoteError, Transpor
 from p2pasr.protocol.messages import MAX_AGAINST, Accusation, Charge, seal
 from p2pasr.protocol.signing import short
 from p2pasr.rerunning import fetch, judge_of, max_proof_bytes
-from p2pasr.verify.evidence import Proof, Undecided, pack_proof, unpack_proof
+from p2pasr.verify.evidence import Proof, Undecided, WorkProof, pack_proof, unpack_proof
 
 if TYPE_CHECKING:
     from p2pasr.member import Member
@@ -84,6 +84,14 @@ def hear(member: Member) -> None:
                     member.report.warn(f"{short(accuser)} holds a proof against this peer: {sentence}")
                 else:
                     convict(member, proof, sentence)
+
+
+def expose(member: Member) -> None:
+    """Keep proofs against those who claim other work in this round than they were given; nobody averages with them."""
+    for peer, claim in member.records.broken(member.view).items():
+        if peer not in member.proved:
+            proof = WorkProof(claim, member.store.get(member.state.digest))
+            convict(member, proof, proof.check(judge_of(member)))
 
 
 def was_banned_long_ago(member: Member, peer: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from p2pasr.accusing import hear
+from p2pasr.accusing import expose, hear
 from p2pasr.agreeing import (
     ATTEMPTS,
     EXCHANGE_PATIENCE,
@@ -124,6 +124,7 @@ def run_round(member: Member) -> bool:
         if expected is None:
             return False
         try:
+            expose(member)
             merged = average(member, work, expected)
             result = apply(member, work, merged, expected)
             attestations = attest(member, result)

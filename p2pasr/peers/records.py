@@ -10,7 +10,7 @@ from p2pasr.peers.link import Link
 from p2pasr.protocol.admission import surplus
 from p2pasr.protocol.cohorts import Cohort
 from p2pasr.protocol.messages import Accusation, Attestation, Audit, Claim, Message, Mix, Roster, Signed, seal, unseal
-from p2pasr.protocol.rules import RoundView, check_attestation, check_claim, check_mix, check_roster
+from p2pasr.protocol.rules import RoundView, check_attestation, check_claim, check_mix, check_roster, check_work
 from p2pasr.protocol.signing import Signer, short
 
 ROSTER_TTL: Final = 20.0
@@ -60,6 +60,23 @@ class Records:
         found = self._read("claim", cohort, Claim, lambda signed: check_claim(signed.message, view), number)
         found.pop(self.peer, None)
         return _without_surplus(found, view)
+
+    def broken(self, view: RoundView) -> dict[str, Signed[Claim]]:
+        """The claims of a round by peers of earlier rounds that name other work than their authors had to do."""
+
+        def check(signed: Signed[Claim]) -> None:
+            claim = signed.message
+            if (claim.run, claim.round, claim.state) != (view.run, view.round, view.state):
+                raise Ignore("it is for another round")
+            if claim.peer not in view.credit:
+                raise Ignore("keys are free, and nobody loses by a ban of one")
+            try:
+                check_work(claim, view)
+            except Reject:
+                return
+            raise Ignore("nothing is wrong with it")
+
+        return self._read("claim", view.cohort, Claim, check, view.round)
 
     def attestations(self, view: RoundView, cohort: Cohort) -> dict[str, Signed[Attestation]]:
         """What everybody in a cohort attests now who takes part as far as this view says, this peer left out."""

@@ -86,23 +86,7 @@ def check_claim(claim: Claim, view: RoundView) -> None:
     # C3 It was trained from the agreed state. A delta from another state moves in a direction that was never measured.
     if claim.state != view.state:
         raise Ignore(f"{who} starts from another state ({claim.state.hex()[:8]}, not {view.state.hex()[:8]})")
-    # C4 It names the shards assigned to it in the tier that it states, all of them, in order, or as few and as little
-    # audio as private ones may count.
-    check_tier(claim)
-    if view.manifest.data.policy == "private":
-        check_private(claim, view.manifest)
-    elif claim.shards != view.assigned(claim.peer, claim.tier):
-        raise Reject(f"{who} names other shards than it was assigned")
-    elif claim.seconds != 0:
-        raise Reject(f"{who} states {claim.seconds:g} s of audio, which follow from its shards")
-    # C5 Its numbers follow from the manifest and the number of segments.
-    rounds = view.manifest.rounds
-    if claim.segments > rounds.segments:
-        raise Reject(f"{who} states {claim.segments} segments, a round has {rounds.segments}")
-    if claim.steps != claim.segments * rounds.steps_per_segment:
-        raise Reject(f"{who} states {claim.steps} steps in {claim.segments} segments")
-    if claim.samples != claim.steps * rounds.samples_per_step:
-        raise Reject(f"{who} states {claim.samples} samples in {claim.steps} steps")
+    check_work(claim, view)
     # C6 Who was banned takes no part any more, and who is suspended none for a while.
     if claim.peer in view.bans:
         raise Ignore(f"{short(claim.peer)} was banned in round {view.bans[claim.peer]}")
@@ -129,6 +113,37 @@ def check_claim(claim: Claim, view: RoundView) -> None:
         raise Reject(f"{who} names peers for a strike out of order, twice, or in vain")
     if not all(view.cohort.has(view.run, peer) for peer in claim.strikes):
         raise Reject(f"{who} names peers of another cohort for a strike")
+
+
+def check_work(claim: Claim, view: RoundView) -> None:
+    """Is what a claim says that it trained what its author had to train?
+
+    It follows from the manifest and the state that the claim names, so that a claim which breaks this is proof.
+
+    Args:
+        view: of the round and the state that the claim is for.
+
+    Raises:
+        Reject: no.
+    """
+    who = f"the claim of {short(claim.peer)}"
+    # C4 It names the shards assigned to it in the tier that it states, all of them, in order, or as few and as little
+    # audio as private ones may count.
+    check_tier(claim)
+    if view.manifest.data.policy == "private":
+        check_private(claim, view.manifest)
+    elif claim.shards != view.assigned(claim.peer, claim.tier):
+        raise Reject(f"{who} names other shards than it was assigned")
+    elif claim.seconds != 0:
+        raise Reject(f"{who} states {claim.seconds:g} s of audio, which follow from its shards")
+    # C5 Its numbers follow from the manifest and the number of segments.
+    rounds = view.manifest.rounds
+    if claim.segments > rounds.segments:
+        raise Reject(f"{who} states {claim.segments} segments, a round has {rounds.segments}")
+    if claim.steps != claim.segments * rounds.steps_per_segment:
+        raise Reject(f"{who} states {claim.steps} steps in {claim.segments} segments")
+    if claim.samples != claim.steps * rounds.samples_per_step:
+        raise Reject(f"{who} states {claim.samples} samples in {claim.steps} steps")
 
 
 def check_part(index: int, largest: float, claim: Claim, limits: Sequence[float] | None) -> None:

@@ -9,6 +9,8 @@ link          a delta that is not the one between the state    by arithmetic
               and the claim's own last checkpoint
 reduction     a part whose stated result is not what the rule  by arithmetic
               makes of the parts that it states
+claim         a claim of other shards, segments or steps than  by arithmetic
+              its author was given
 segment       a checkpoint that training does not lead to      by training that segment again
 probe         a delta with which the loss on the probe of a    by computing the loss with and without it
               run with private shards is beyond its limit
@@ -36,7 +38,7 @@ from p2pasr.protocol.cohorts import cohort_of
 from p2pasr.protocol.encoding import DIGEST_BYTES, MEBIBYTE, blob_digest, pack, unpack
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Claim, Receipt, Signed, unseal
-from p2pasr.protocol.rules import check_claim, view_of
+from p2pasr.protocol.rules import check_claim, check_work, view_of
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, parse_state
 from p2pasr.protocol.tensors import Tensors, forms, unpack_tensors
@@ -167,6 +169,34 @@ class ClaimProof:
     def round(self) -> int:
         """See :class:`Proof`."""
         return self.claim.message.round
+
+
+@dataclass(frozen=True, slots=True)
+class WorkProof(ClaimProof):
+    """A claim of other work than the state that it names gives its author.
+
+    Attributes:
+        before: that state, packed.
+    """
+
+    kind: ClassVar[str] = "claim"
+    before: bytes
+
+    def body(self) -> dict[str, Any]:
+        """See :class:`Proof`."""
+        return {"claim": self.claim.pack(), "before": self.before}
+
+    def check(self, judge: Judge) -> str:
+        """See :class:`Proof`."""
+        claim = self.claim.message
+        before = _named_state(self.before, claim, judge)
+        if claim.round != before.round:
+            raise Reject("a proof holds the state of another round")
+        try:
+            check_work(claim, view_of(before, judge.manifest, cohort_of(before.run, claim.peer, before.bits)))
+        except Reject as error:
+            return f"in round {claim.round} {error}"
+        raise Reject("the claim names the work that its author was given")
 
 
 @dataclass(frozen=True, slots=True)
@@ -515,6 +545,7 @@ def _read_segment(body: dict[str, Any]) -> SegmentProof:
 
 
 _READERS: Final[dict[str, Callable[[dict[str, Any]], Proof]]] = {
+    "claim": lambda body: WorkProof(unseal(_bytes(body["claim"]), Claim), _bytes(body["before"])),
     "conflict": lambda body: ConflictProof(Conflict.unpack(_bytes(body["conflict"]))),
     "link": _read_link,
     "probe": lambda body: ProbeProof(
@@ -531,14 +562,22 @@ def _state_of_round(blob: bytes, claims: Sequence[Claim], judge: Judge) -> State
     Raises:
         RemoteError: these are not its bytes, or a claim is none that a peer of that round would take.
     """
-    claim, manifest = claims[0], judge.manifest
-    if blob_digest(blob) != claim.state or claim.run != manifest.run_id:
-        raise Reject("a proof holds another state than the claim starts from")
-    state = parse_state(blob, manifest, judge.like)
-    view = view_of(state, manifest, cohort_of(state.run, claim.peer, state.bits))
+    state = _named_state(blob, claims[0], judge)
+    view = view_of(state, judge.manifest, cohort_of(state.run, claims[0].peer, state.bits))
     for each in claims:
         check_claim(each, view)
     return state
+
+
+def _named_state(blob: bytes, claim: Claim, judge: Judge) -> State:
+    """The state that a claim names.
+
+    Raises:
+        RemoteError: these are not its bytes.
+    """
+    if blob_digest(blob) != claim.state or claim.run != judge.manifest.run_id:
+        raise Reject("a proof holds another state than the claim starts from")
+    return parse_state(blob, judge.manifest, judge.like)
 
 
 def _bytes(value: Any) -> bytes:

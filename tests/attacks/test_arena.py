@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from p2pasr import auditing, excision, withholding
+from p2pasr import accusing, auditing, excision, withholding
 from p2pasr import round as story
 from p2pasr.accusing import convict
 from p2pasr.agreeing import attestations
@@ -38,7 +38,7 @@ from tests.attacks.adversary import scaled, trains
 from tests.attacks.arena import Arena, Attack, Player
 from tests.attacks.stranger import verdict
 from tests.attacks.tiny import TinyTask, held_out_loss
-from tests.unit.builders import make_identity
+from tests.unit.builders import make_claim, make_identity
 
 CHEAT = 0
 PEERS = 4
@@ -118,6 +118,36 @@ def test_without_audits_the_same_cheat_stays_and_earns_as_much_as_the_others(are
     swarm.play(3)
     assert swarm.banned == set()
     assert len(set(swarm.state.credit.values())) == 1
+
+
+@pytest.mark.parametrize("change", [{"shards": (bytes(32),)}, {"steps": 1}, {"seconds": 1.0}])
+def test_a_claim_of_other_work_than_was_given_is_proof(arena: MakeArena, change: dict[str, Any]) -> None:
+    swarm = arena()
+    swarm.play(1)
+    cheat = swarm.players[CHEAT]
+    honest = [player for player in swarm.players if player is not cheat]
+    shards = cheat.member.view.assigned(cheat.peer)
+    for changed, proofs in (({}, 0), (change, len(honest))):
+        claim = make_claim(cheat.member.identity, swarm.manifest, swarm.state, **{"shards": shards, **changed})
+        swarm.publish("claim", str(claim.round), cheat.peer, seal(cheat.member.identity, claim).pack())
+        for player in honest:
+            with player.turn():
+                accusing.expose(player.member)
+        assert len(swarm.proofs()) == proofs
+    check_proofs(swarm, {CHEAT})
+    swarm.play(1)
+    assert swarm.banned == {CHEAT}
+
+
+def test_a_key_without_merged_work_that_claims_nonsense_costs_nobody_a_proof(arena: MakeArena) -> None:
+    swarm, stranger = arena(), make_identity(90)
+    swarm.play(1)
+    claim = make_claim(stranger, swarm.manifest, swarm.state, shards=(bytes(32),))
+    swarm.publish("claim", str(claim.round), stranger.peer, seal(stranger, claim).pack())
+    for player in swarm.players:
+        with player.turn():
+            accusing.expose(player.member)
+    assert swarm.proofs() == []
 
 
 def test_a_reducer_that_leaves_out_its_accusers_is_banned_as_soon_as_one_that_does_not(arena: MakeArena) -> None:

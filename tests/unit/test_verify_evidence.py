@@ -32,6 +32,7 @@ from p2pasr.verify.evidence import (
     ReductionProof,
     SegmentProof,
     Undecided,
+    WorkProof,
     compare_ends,
     pack_proof,
     unpack_proof,
@@ -120,6 +121,7 @@ TWO_CLAIMS = Conflict(
 
 GUILTY: dict[str, Proof] = {
     "conflict": ConflictProof(TWO_CLAIMS),
+    "claim": WorkProof(seal(EVE, make_claim(EVE, MANIFEST, STATE, shards=(bytes(32),))), STATE.blob),
     "link": link_proof(LINK_LIAR),
     "reduction": reduction_proof(ROUND, WRONG_RECEIPT, 1),
     "first segment": segment_proof(LAZY[0], 0),
@@ -145,7 +147,7 @@ def test_a_true_proof_convinces_a_stranger_and_names_the_cheat(name: str) -> Non
     assert pack_proof(proof) == PACKED[name]
 
 
-@pytest.mark.parametrize("name", ["conflict", "link", "reduction"])
+@pytest.mark.parametrize("name", ["conflict", "claim", "link", "reduction"])
 def test_arithmetic_is_checked_from_the_manifest_alone(name: str) -> None:
     assert judged(PACKED[name], Judge(MANIFEST))
 
@@ -223,6 +225,17 @@ def test_nothing_that_the_next_segment_starts_from_is_passed_over(change: Callab
 
 
 # --- honest peers ---------------------------------------------------------------------------------
+
+
+def test_a_claim_of_the_work_that_was_given_is_no_proof_whatever_state_is_held_beside_it() -> None:
+    claim = seal(ANNE, make_claim(ANNE, MANIFEST, STATE))
+    with pytest.raises(Reject, match="names the work that its author was given"):
+        WorkProof(claim, STATE.blob).check(JUDGE)
+    with pytest.raises(Reject, match="another state than the claim starts from"):
+        WorkProof(claim, dataclasses.replace(STATE, round=1).blob).check(JUDGE)
+    elsewhere = seal(ANNE, dataclasses.replace(claim.message, round=STATE.round + 1))
+    with pytest.raises(Reject, match="the state of another round"):
+        WorkProof(elsewhere, STATE.blob).check(JUDGE)
 
 
 @pytest.mark.parametrize("index", range(3))
