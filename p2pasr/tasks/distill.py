@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, nll_loss
 
 from p2pasr.errors import LocalError
+from p2pasr.protocol.tensors import Tensors
 from p2pasr.speech.labels import Labelling, check_signature
 from p2pasr.speech.pretrained import frontend, weights_digest
 from p2pasr.speech.shards import Clip, Shard, read_shard
@@ -118,6 +119,11 @@ class DistillTask(FullTask):
     def before_step(self, step: int, total: int) -> None:
         """See :meth:`p2pasr.tasks.training.GradientTask.before_step`."""
         self.temperature = temperature(self.config, step, total)
+
+    def probe_loss(self, params: Tensors, shards: Sequence[Path]) -> float:
+        """See :meth:`p2pasr.tasks.base.Probed.probe_loss`; at the last temperature, wherever the run stands."""
+        self.temperature = self.config.last_temperature
+        return super().probe_loss(params, shards)
 
     def loss(self, examples: Sequence[Clip]) -> Tensor:
         """The summed divergence from the teacher, times its share and T², and the cross entropy, times the rest."""

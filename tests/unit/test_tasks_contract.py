@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from p2pasr import tasks
-from p2pasr.tasks import Bounded, Checkpoint, Task, build, pin
+from p2pasr.tasks import Bounded, Checkpoint, Probed, Task, build, pin
 
 from .conftest import plan, start_of
 from .every_kind import CONFIGS, kind_of, with_folders
@@ -69,6 +69,16 @@ def test_no_value_goes_further_than_the_bound(make: Make, shard_files: Sequence[
     moved = max(float(np.abs(end.params[name] - value).max()) for name, value in start.params.items())
     assert isinstance(task, Bounded)
     assert 0 < moved <= task.largest_move(start.params, 0, 3, 100)
+
+
+def test_a_probe_says_the_same_whatever_was_trained_before(make: Make, shard_files: Sequence[Path]) -> None:
+    fresh, used = make(), make()
+    assert isinstance(fresh, Probed)
+    assert isinstance(used, Probed)
+    params = fresh.initial_params()
+    first = fresh.probe_loss(params, shard_files)
+    used.segment(start_of(used), shard_files, plan(steps=2, first=90))
+    assert used.probe_loss(params, shard_files) == fresh.probe_loss(params, shard_files) == first
 
 
 def test_the_loss_falls(make: Make, shard_files: Sequence[Path]) -> None:

@@ -139,6 +139,14 @@ def test_the_temperature_follows_from_where_the_segment_stands_in_the_run(labell
     assert task.segment(start_of(task), labelled_files, plan(steps=1, first=0, total=2))[1] == early
 
 
+def test_the_probe_is_heard_at_the_last_temperature(labelled_files: Sequence[Path]) -> None:
+    task = made(labelled_files, {**DISTILL, "first_temperature": 4.0, "last_temperature": 2.0})
+    constant = made(labelled_files, {**DISTILL, "first_temperature": 2.0, "last_temperature": 2.0})
+    params = task.initial_params()
+
+    assert task.probe_loss(params, labelled_files) == constant.probe_loss(params, labelled_files)
+
+
 # --- where a student starts ---------------------------------------------------------------------
 
 
