@@ -17,6 +17,9 @@ from .every_kind import CONFIGS, kind_of, with_folders
 
 Make = Callable[[], Task]
 
+BLIND = {"frequency_masks": 8, "frequency_bins": 80, "time_masks": 8, "time_share": 1.0, "time_frames": 3000}
+"""A `spec_augment` that hides nearly everything."""
+
 
 @pytest.fixture
 def shard_files(labelled_files: Sequence[Path]) -> Sequence[Path]:
@@ -79,6 +82,22 @@ def test_a_probe_says_the_same_whatever_was_trained_before(make: Make, shard_fil
     first = fresh.probe_loss(params, shard_files)
     used.segment(start_of(used), shard_files, plan(steps=2, first=90))
     assert used.probe_loss(params, shard_files) == fresh.probe_loss(params, shard_files) == first
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if kind_of(name) not in ("features", "distill")])
+def test_what_training_hides_a_probe_hears(name: str, shard_files: Sequence[Path], language_model: Path) -> None:
+    config, kind = with_folders(name, language_model), kind_of(name)
+    made = [
+        build(kind, pin(kind, {**config, "spec_augment": hidden}, None, shard_files), seed=3, shards=shard_files)
+        for hidden in (None, BLIND)
+    ]
+    probed, trained = [], []
+    for task in made:
+        assert isinstance(task, Probed)
+        probed.append(task.probe_loss(task.initial_params(), shard_files[:1]))
+        trained.append(task.segment(start_of(task), shard_files, plan(steps=1))[1].loss)
+    assert probed[0] == probed[1]
+    assert trained[0] != trained[1]
 
 
 def test_the_loss_falls(make: Make, shard_files: Sequence[Path]) -> None:
