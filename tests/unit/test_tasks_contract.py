@@ -84,7 +84,7 @@ def test_a_probe_says_the_same_whatever_was_trained_before(make: Make, shard_fil
     assert used.probe_loss(params, shard_files) == fresh.probe_loss(params, shard_files) == first
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if kind_of(name) not in ("features", "distill")])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if kind_of(name) != "features"])
 def test_what_training_hides_a_probe_hears(name: str, shard_files: Sequence[Path], language_model: Path) -> None:
     config, kind = with_folders(name, language_model), kind_of(name)
     made = [

@@ -313,6 +313,31 @@ def test_an_encoder_that_student_and_teacher_share_hears_each_batch_once(shard_f
     assert all(torch.equal(before[name], value) for name, value in task.model.model.encoder.state_dict().items())
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_hidden_is_hidden_from_the_student_only(
+    shard_files: Sequence[Path], steady_base: Path, frozen: bool
+) -> None:
+    task = made(shard_files, {**ONLINE, "model": str(steady_base), "freeze_encoder": frozen, "spec_augment": {}})
+    clips = read_shard(shard_files[0]).clips
+    features = collate(clips, 300, task.frontend.config.pad_token_id).features
+    heard: dict[str, list[bool]] = {"student": [], "teacher": []}
+
+    def listen(who: str, model: Any) -> None:
+        model.get_decoder().register_forward_pre_hook(
+            lambda _, __, given_: heard[who].append(bool(torch.equal(given_["encoder_hidden_states"], clean))),
+            with_kwargs=True,
+        )
+
+    with torch.no_grad():
+        clean = task.model.get_encoder()(features).last_hidden_state
+        listen("student", task.model)
+        listen("teacher", task.teacher)
+        task.model.train()
+        task.loss(clips)
+
+    assert heard == {"student": [False], "teacher": [True]}
+
+
 @pytest.mark.parametrize("change", [{}, {"freeze_encoder": True, "encoder_layers": [0, 1]}], ids=str)
 def test_an_encoder_that_differs_from_the_teachers_is_its_own(
     shard_files: Sequence[Path], change: dict[str, Any]
