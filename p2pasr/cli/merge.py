@@ -18,7 +18,7 @@ def merge(
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="folder to write")],
     weights: Annotated[
-        str | None, typer.Option(metavar="W,W…", help="one each (default: seconds of audio that went into them)")
+        str | None, typer.Option(metavar="W,W…", help="one each (default: seconds of audio, if all say theirs)")
     ] = None,
     layers: Annotated[
         list[str] | None, typer.Option("--layer", metavar="PATTERN=W,W…", help="other weights for layers of that name")
@@ -30,14 +30,20 @@ def merge(
     Adapters of one run are averaged by their factors, others by the products of these, cut to a rank.
     """
     from p2pasr.tasks.merging import merge as merged
-    from p2pasr.tasks.merging import read_adapter, write_adapter
+    from p2pasr.tasks.merging import read_adapter, seconds_of, write_adapter
 
     if len(adapters) < 2:
         raise LocalError("there is nothing to merge: name two adapter folders or more")
     if out.resolve() in {folder.resolve() for folder in adapters}:
         raise LocalError(f"--out {out} is one of the adapters; name another folder")
     read = [read_adapter(folder) for folder in adapters]
-    given = [adapter.seconds for adapter in read] if weights is None else _numbers(weights)
+    seconds = seconds_of(read)
+    if weights is not None:
+        given, origin = _numbers(weights), "as given"
+    elif seconds is not None:
+        given, origin = seconds, "the seconds of audio that went into each adapter"
+    else:
+        given, origin = [1.0] * len(read), "equal, for not every adapter says how much audio went into it"
     by_layer = {}
     for option in layers or []:
         pattern, equals, rest = option.rpartition("=")
@@ -56,10 +62,11 @@ def merge(
             str(adapter.folder),
             str(notes.get("run", "–"))[:16],
             str(notes.get("round", "–")),
-            f"{adapter.seconds:.0f} s" if "seconds_merged" in notes else "–",
+            "–" if adapter.seconds is None else f"{adapter.seconds:.0f} s",
             f"{weight / sum(given):.1%}",
         )
     console.print(table)
+    console.print(f"weights: {origin}")
     for warning in result.warnings:
         console.print(f"warning: {warning}", style="yellow")
     kept = "" if result.how == "factors" else f", which keeps at least {result.kept:.1%} of every layer"

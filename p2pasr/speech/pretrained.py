@@ -22,12 +22,16 @@ if TYPE_CHECKING:
 BUNDLED = {"p2pasr/demo-base": Path(__file__).parent.parent / "demo" / "base"}
 """Models that come with this package, by the name that manifests call them."""
 
+GENERATION = "generation_config.json"
+"""What a model's folder says about writing, such as Whisper's languages; old ones have none."""
+
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 NEEDED_FILES = {
     "WhisperConfig": ("config.json",),
     "WhisperFeatureExtractor": ("preprocessor_config.json", "processor_config.json"),
     "WhisperTokenizer": ("tokenizer.json", "vocab.json"),
+    "GenerationConfig": (GENERATION,),
     "WhisperForConditionalGeneration": WEIGHT_FILES,
     "ParakeetForCTC": WEIGHT_FILES,
     "Wav2Vec2ForCTC": WEIGHT_FILES,
@@ -201,11 +205,11 @@ def weight_file(model: str, name: str, revision: str | None) -> Path | None:
     try:
         return Path(hf_hub_download(model, name, revision=revision))
     except LocalEntryNotFoundError as error:
-        raise LocalError(f"the weights of {model!r} are neither cached here nor downloadable") from error
+        raise LocalError(f"{name} of {model!r} is neither cached here nor downloadable") from error
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, OSError) as error:
-        raise LocalError(f"the weights of {model!r} cannot be fetched ({error})") from error
+        raise LocalError(f"{name} of {model!r} cannot be fetched ({error})") from error
 
 
 def _named_by(index: Path) -> list[str]:

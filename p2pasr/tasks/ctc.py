@@ -324,7 +324,7 @@ class CtcTask(GradientTask[Utterance]):
     def transcribe(self, clips: Sequence[Clip]) -> list[str]:
         """Greedy transcripts: the best class of every frame, without repetitions and blanks."""
         self.model.eval()
-        logits, lengths = self._logits(clips, training=False)
+        logits, lengths = self._logits(clips)
         best = logits.argmax(-1).tolist()
         return [
             self.alphabet.decode([number for number, _ in itertools.groupby(row[:length]) if number != BLANK])
@@ -357,13 +357,13 @@ class CtcTask(GradientTask[Utterance]):
     def _shard(self, path: Path) -> Shard:
         return matching_shard(path, self.features, self.config.model, self.config.window_seconds)
 
-    def _logits(self, clips: Sequence[Clip], training: bool = True) -> tuple[Tensor, list[int]]:
+    def _logits(self, clips: Sequence[Clip]) -> tuple[Tensor, list[int]]:
         """Logits, (batch, time, classes), and how many of each clip's are true."""
         frames = [clip.mel.shape[1] for clip in clips]
         features = torch.zeros(len(clips), self.features.n_mels, max(frames))
         for row, clip in enumerate(clips):
             features[row, :, : frames[row]] = torch.from_numpy(standardised(clip.mel))
-        if training and self.config.spec_augment is not None:
+        if self.model.training and self.config.spec_augment is not None:
             features = spec_augment(features, frames, self.config.spec_augment)
         logits = self.model(features.transpose(1, 2).to(self.device), torch.tensor(frames, device=self.device))
         return logits, [self.model.time(length) for length in frames]

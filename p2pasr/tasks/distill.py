@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, nll_loss
 
 from p2pasr.errors import LocalError
+from p2pasr.protocol.tensors import Tensors
 from p2pasr.speech.labels import Labelling, check_signature
 from p2pasr.speech.pretrained import frontend, weights_digest
 from p2pasr.speech.shards import Clip, Shard, read_shard
@@ -122,15 +123,25 @@ class DistillTask(FullTask):
         """See :meth:`p2pasr.tasks.training.GradientTask.before_step`."""
         self.temperature = temperature(self.config, step, total)
 
+    def probe_loss(self, params: Tensors, shards: Sequence[Path]) -> float:
+        """See :meth:`p2pasr.tasks.base.Probed.probe_loss`; at the last temperature, wherever the run stands."""
+        self.temperature = self.config.last_temperature
+        return super().probe_loss(params, shards)
+
     def loss(self, examples: Sequence[Clip]) -> Tensor:
         """The summed divergence from the teacher, times its share and T², and the cross entropy, times the rest."""
         batch = collate(examples, self.frames, self.frontend.config.pad_token_id)
         places = torch.nonzero(batch.labels != IGNORED, as_tuple=True)  # on the CPU, where they can be counted
+        heard = self.partly_hidden(batch.features, examples)
+        whole = heard is batch.features
         batch, learned = batch.to(self.device), tuple(place.to(self.device) for place in places)
-        encoded = self._encode(batch.features)
+        encoded = self._encode(batch.features if whole else heard.to(self.device))
         out = self.model(encoder_outputs=(encoded,), decoder_input_ids=batch.decoder_input_ids)
         logs = log_softmax(out.logits[learned].float(), dim=-1)
-        ids, expected = self._labels(examples) if self.teacher is None else self._ask(batch, encoded, learned)
+        if self.teacher is None:
+            ids, expected = self._labels(examples)
+        else:
+            ids, expected = self._ask(batch, learned, encoded if whole and self.shares_encoder else None)
         soft = divergence(expected, grouped(logs, ids), self.temperature)
         hard = nll_loss(logs, batch.labels[learned], reduction="sum")
         alpha = self.config.alpha
@@ -155,11 +166,12 @@ class DistillTask(FullTask):
         return torch.from_numpy(ids).to(self.device), torch.cat([stacked(each) for each in labels]).to(self.device)
 
     @torch.no_grad()
-    def _ask(self, batch: Batch, encoded: Tensor, learned: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """The same from the teacher that runs here."""
+    def _ask(self, batch: Batch, learned: tuple[Tensor, ...], encoded: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same from the teacher that runs here; `encoded` is what its encoder makes of the batch, if known."""
         teacher: Any = self.teacher
-        heard = encoded if self.shares_encoder else teacher.get_encoder()(batch.features).last_hidden_state
-        out = teacher(encoder_outputs=(heard,), decoder_input_ids=batch.decoder_input_ids)
+        if encoded is None:
+            encoded = teacher.get_encoder()(batch.features).last_hidden_state
+        out = teacher(encoder_outputs=(encoded,), decoder_input_ids=batch.decoder_input_ids)
         logs = log_softmax(out.logits[learned].float(), dim=-1)
         ids = logs.topk(self.config.top_k).indices
         return ids, grouped(logs, ids)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,15 @@ class Adapter:
         return int(self.config["r"])
 
     @property
-    def seconds(self) -> float:
-        """Seconds of audio that went into it; 1 where it does not say."""
-        return float(self.notes.get("seconds_merged") or 1.0)
+    def seconds(self) -> float | None:
+        """Seconds of audio that went into it; None where it does not say, or none did."""
+        said = self.notes.get("seconds_merged")
+        return float(said) if isinstance(said, int | float) and 0 < said < math.inf else None
+
+    @property
+    def base(self) -> str:
+        """What peft calls the model that it adapts."""
+        return str(self.config.get("base_model_name_or_path") or "one without a name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +105,12 @@ def read_adapter(folder: Path) -> Adapter:
         raise LocalError(f"{folder} holds more than the factors of LoRA (there is no {error})") from error
     factors = {layer: (a.astype(np.float32), b.astype(np.float32)) for layer, (a, b) in pairs.items()}
     return Adapter(folder, factors, scale, config, notes)
+
+
+def seconds_of(adapters: Sequence[Adapter]) -> list[float] | None:
+    """The seconds of audio that went into each adapter; None unless all say theirs."""
+    seconds = [adapter.seconds for adapter in adapters if adapter.seconds is not None]
+    return seconds if len(seconds) == len(adapters) else None
 
 
 def merge(
@@ -186,6 +199,8 @@ def write_adapter(out: Path, adapters: Sequence[Adapter], merger: Merger, weight
     dialects = sorted({dialect for adapter in adapters for dialect in adapter.notes.get("dialects", [])})
     lora = {"rank": merger.rank, "alpha": alpha, "average": merger.how}
     notes = {**kept, "dialects": dialects, "lora": lora, "merged_from": sources}
+    if (seconds := seconds_of(adapters)) is not None:
+        notes["seconds_merged"] = round(sum(seconds), 1)
     (out / NOTES).write_text(json.dumps(notes, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
@@ -229,9 +244,16 @@ def _grew_together(adapters: Sequence[Adapter]) -> bool:
 def _doubts(adapters: Sequence[Adapter]) -> tuple[str, ...]:
     """What a person should know before they trust the result."""
     found = []
-    if len({adapter.notes.get("base_weights") for adapter in adapters}) > 1:
+    digests = {adapter.notes.get("base_weights") for adapter in adapters}
+    names = sorted({adapter.base for adapter in adapters})
+    if len(digests - {None}) > 1:
         found.append(
             "the adapters were trained on different base weights; what one learned may mean nothing to the other"
+        )
+    elif None in digests and len(names) > 1:
+        found.append(
+            f"the adapters name different base models ({', '.join(names)}); what one learned may mean nothing to the "
+            f"other"
         )
     windows = sorted({float(a.notes["window_seconds"]) for a in adapters if "window_seconds" in a.notes})
     if len(windows) > 1:

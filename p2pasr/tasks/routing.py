@@ -144,14 +144,14 @@ class Router:
     def transcribe(self, clips: Sequence[Clip], choices: Sequence[Choice | None]) -> list[str]:
         """Greedy transcripts, each by the adapter chosen for it; by the base and in the clip's own language if None."""
         model, texts = self._model(), [""] * len(clips)
-        members: dict[Path | None, list[int]] = {}
+        members: dict[int | None, list[int]] = {}
         for index, choice in enumerate(choices):
-            members.setdefault(None if choice is None else choice.adapter.folder, []).append(index)
-        for folder, indices in members.items():
+            members.setdefault(None if choice is None else self.adapters.index(choice.adapter), []).append(index)
+        for place, indices in members.items():
             asked = [self._in_language(clips[index], choices[index]) for index in indices]
-            if folder is not None:
-                model.set_adapter(folder.name)
-            with model.disable_adapter() if folder is None else nullcontext():
+            if place is not None:
+                model.set_adapter(str(place))
+            with model.disable_adapter() if place is None else nullcontext():
                 heard = transcribe(model.base_model.model, self.frontend.tokenizer, asked, self._frames)
             for index, text in zip(indices, heard, strict=True):
                 texts[index] = text
@@ -192,17 +192,20 @@ class Router:
         return Clip(clip.mel, (clip.tokens[0], language, *clip.tokens[2:]), clip.seconds, clip.speaker)
 
     def _model(self) -> Any:
-        """The base with all adapters, loaded when it is first needed."""
+        """The base with all adapters, loaded when it is first needed; each is named by its place, for peft.
+
+        A folder's name may hold what a module's may not, such as a dot.
+        """
         if self._speaking is None:
             from peft import PeftModel
             from transformers import WhisperForConditionalGeneration
 
             base = load(WhisperForConditionalGeneration, self._base, self._revision, dtype=torch.float32)
             shorten(base, self._frames)
-            first, *others = (adapter.folder for adapter in self.adapters)
-            self._speaking = PeftModel.from_pretrained(base.to(self.device), str(first), adapter_name=first.name)
-            for folder in others:
-                self._speaking.load_adapter(str(folder), adapter_name=folder.name)
+            first, *others = (str(adapter.folder) for adapter in self.adapters)
+            self._speaking = PeftModel.from_pretrained(base.to(self.device), first, adapter_name="0")
+            for place, folder in enumerate(others, start=1):
+                self._speaking.load_adapter(folder, adapter_name=str(place))
         return self._speaking
 
 

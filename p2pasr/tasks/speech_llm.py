@@ -24,7 +24,6 @@ from p2pasr.protocol.encoding import digest
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.speech.pretrained import file_digest, load, vocabulary_digest, weight_file, weights_digest
 from p2pasr.speech.shards import Clip
-from p2pasr.tasks.augment import spec_augment
 from p2pasr.tasks.base import OnProgress
 from p2pasr.tasks.lora import AdapterSettings, AdapterTask, adapters_of, initial_adapters, storage, with_adapters
 from p2pasr.tasks.training import fresh_params
@@ -204,7 +203,7 @@ class SpeechLlmTask(AdapterTask):
     def loss(self, examples: Sequence[Clip]) -> Tensor:
         """Summed cross entropy of the transcripts and their ends; of sound and prompt nothing is learned."""
         model, targets = self.model, [self._target(clip) for clip in examples]
-        heard = self._hear(examples, augment=True)
+        heard = self._hear(examples)
         rows = [
             torch.cat([sound, model.read(self.prompt + target)]) for sound, target in zip(heard, targets, strict=True)
         ]
@@ -298,11 +297,9 @@ class SpeechLlmTask(AdapterTask):
         text = self.frontend.tokenizer.decode(clip.tokens, skip_special_tokens=True).strip()
         return [*self._ids(text), int(self.tokenizer.eos_token_id)]
 
-    def _hear(self, clips: Sequence[Clip], augment: bool) -> list[Tensor]:
-        features, lengths = padded(clips, self.frames), [clip.mel.shape[1] for clip in clips]
-        if augment and self.config.spec_augment is not None:
-            features = spec_augment(features, lengths, self.config.spec_augment)
-        return self.model.hear(features.to(self.device), lengths)
+    def _hear(self, clips: Sequence[Clip]) -> list[Tensor]:
+        features = self.partly_hidden(padded(clips, self.frames), clips)
+        return self.model.hear(features.to(self.device), [clip.mel.shape[1] for clip in clips])
 
     @torch.inference_mode()
     def _greedy(self, clips: Sequence[Clip]) -> list[list[int]]:
@@ -312,7 +309,7 @@ class SpeechLlmTask(AdapterTask):
         """
         model, end = self.model, int(self.tokenizer.eos_token_id)
         prompt = model.read(self.prompt)
-        rows = [torch.cat([sound, prompt]) for sound in self._hear(clips, augment=False)]
+        rows = [torch.cat([sound, prompt]) for sound in self._hear(clips)]
         step = pad_sequence(rows, batch_first=True, padding_side="left")
         real = pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in rows], True, 0, "left").to(self.device)
         places = (real.cumsum(1) - 1).clamp(min=0)

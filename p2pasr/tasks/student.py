@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, RootModel, model_validator
 
 from p2pasr.protocol.encoding import digest
+from p2pasr.speech.pretrained import GENERATION, load, weight_file
 from p2pasr.tasks.base import Task
 from p2pasr.tasks.ctc import CtcConfig, CtcTask, ZipformerCtcConfig
 from p2pasr.tasks.full import FullTask, FullTaskConfig
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 class ScratchWhisperConfig(FullTaskConfig):
     """The `task.config` of a student that has Whisper's shape and starts from nothing.
 
-    Of `model` it takes features, tokens and window only, and no weights.
+    Of `model` it takes features, tokens, window and what its folder says about writing them, and no weights.
     """
 
     architecture: Literal["whisper"]
@@ -73,9 +74,13 @@ class ScratchWhisperTask(FullTask):
 
     def start(self) -> WhisperForConditionalGeneration:
         """See :meth:`p2pasr.tasks.full.FullTask.start`."""
-        from transformers import WhisperForConditionalGeneration
+        from transformers import GenerationConfig, WhisperForConditionalGeneration
 
-        return WhisperForConditionalGeneration(whisper_shape(self.config, self.frontend.config, self.frames))
+        model = WhisperForConditionalGeneration(whisper_shape(self.config, self.frontend.config, self.frames))
+        if weight_file(self.source, GENERATION, self.config.revision) is not None:
+            model.generation_config = load(GenerationConfig, self.source, self.config.revision)
+            model.generation_config.alignment_heads = None  # they name layers of the other model
+        return model
 
 
 _KEPT = (

@@ -122,10 +122,19 @@ class WhisperTask(GradientTask[Clip]):
     def loss(self, examples: Sequence[Clip]) -> Tensor:
         """Summed cross entropy of the transcripts."""
         batch = collate(examples, self.frames, self.frontend.config.pad_token_id)
-        if self.config.spec_augment is not None:
-            lengths = [clip.mel.shape[1] for clip in examples]
-            batch = replace(batch, features=spec_augment(batch.features, lengths, self.config.spec_augment))
+        batch = replace(batch, features=self.partly_hidden(batch.features, examples))
         return summed_loss(self.model, batch.to(self.device))
+
+    def partly_hidden(self, features: Tensor, clips: Sequence[Clip]) -> Tensor:
+        """What is left of the padded features of clips by SpecAugment; all, the same tensor, where nothing is trained.
+
+        Args:
+            features: float32, (batch, n_mels, frames), on the CPU.
+        """
+        config = self.config.spec_augment
+        if config is None or not self.model.training:
+            return features
+        return spec_augment(features, [clip.mel.shape[1] for clip in clips], config)
 
     def untrained(self) -> AbstractContextManager[Any]:
         """A context in which :attr:`whisper` is the base."""

@@ -18,7 +18,6 @@ from p2pasr.protocol.tiers import EVERY
 from p2pasr.runs import initial_state, new_run, shard_paths
 from p2pasr.speech.prepare import Settings, prepare
 from p2pasr.speech.shards import read_shard
-from p2pasr.tasks import Probed
 
 from .builders import ToyTask
 from .conftest import MODEL, recordings, run_config
@@ -106,16 +105,12 @@ def test_a_task_without_a_loss_for_the_probe_is_refused_in_private_runs_only(
         initial_state(private, Plain())
 
 
-def test_lora_says_the_same_loss_every_time_whatever_was_trained_before(
+def test_lora_says_the_same_loss_in_pieces_and_a_greater_one_of_worse_parameters(
     make_task: Callable[..., tasks.Task], shards: Path
 ) -> None:
     task, paths = make_task(), shard_paths(shards)
-    assert isinstance(task, Probed)
     params = task.initial_params()
     first = require_probed(task).probe_loss(params, paths)
-    task.set_params({name: value + np.float32(0.1) for name, value in params.items()})
-    task.model.train()
-    assert task.probe_loss(params, paths) == first, "neither weights nor dropout are left from what was before"
     assert make_task(micro_batch=3).probe_loss(params, paths) == pytest.approx(first, rel=1e-5)
     bent = {name: value + np.float32(0.5) for name, value in params.items()}
     assert task.probe_loss(bent, paths) > first

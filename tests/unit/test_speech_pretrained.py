@@ -218,7 +218,7 @@ def test_a_damaged_index_of_weights_is_refused(split: Path, index: str) -> None:
 
 
 def test_the_digest_of_a_missing_models_weights_is_an_error() -> None:
-    with pytest.raises(LocalError, match=r"the weights of 'openai/whisper-nowhere' are neither cached .* downloadable"):
+    with pytest.raises(LocalError, match=r"safetensors of 'openai/whisper-nowhere' is neither cached .* downloadable"):
         weights_digest("openai/whisper-nowhere")
 
 

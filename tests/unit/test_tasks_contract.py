@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from p2pasr import tasks
-from p2pasr.tasks import Bounded, Checkpoint, Task, build, pin
+from p2pasr.tasks import Bounded, Checkpoint, Probed, Task, build, pin
 
 from .conftest import plan, start_of
 from .every_kind import CONFIGS, kind_of, with_folders
 
 Make = Callable[[], Task]
+
+BLIND = {"frequency_masks": 8, "frequency_bins": 80, "time_masks": 8, "time_share": 1.0, "time_frames": 3000}
+"""A `spec_augment` that hides nearly everything."""
 
 
 @pytest.fixture
@@ -69,6 +72,32 @@ def test_no_value_goes_further_than_the_bound(make: Make, shard_files: Sequence[
     moved = max(float(np.abs(end.params[name] - value).max()) for name, value in start.params.items())
     assert isinstance(task, Bounded)
     assert 0 < moved <= task.largest_move(start.params, 0, 3, 100)
+
+
+def test_a_probe_says_the_same_whatever_was_trained_before(make: Make, shard_files: Sequence[Path]) -> None:
+    fresh, used = make(), make()
+    assert isinstance(fresh, Probed)
+    assert isinstance(used, Probed)
+    params = fresh.initial_params()
+    first = fresh.probe_loss(params, shard_files)
+    used.segment(start_of(used), shard_files, plan(steps=2, first=90))
+    assert used.probe_loss(params, shard_files) == fresh.probe_loss(params, shard_files) == first
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if kind_of(name) != "features"])
+def test_what_training_hides_a_probe_hears(name: str, shard_files: Sequence[Path], language_model: Path) -> None:
+    config, kind = with_folders(name, language_model), kind_of(name)
+    made = [
+        build(kind, pin(kind, {**config, "spec_augment": hidden}, None, shard_files), seed=3, shards=shard_files)
+        for hidden in (None, BLIND)
+    ]
+    probed, trained = [], []
+    for task in made:
+        assert isinstance(task, Probed)
+        probed.append(task.probe_loss(task.initial_params(), shard_files[:1]))
+        trained.append(task.segment(start_of(task), shard_files, plan(steps=1))[1].loss)
+    assert probed[0] == probed[1]
+    assert trained[0] != trained[1]
 
 
 def test_the_loss_falls(make: Make, shard_files: Sequence[Path]) -> None:

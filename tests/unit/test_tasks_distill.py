@@ -139,6 +139,14 @@ def test_the_temperature_follows_from_where_the_segment_stands_in_the_run(labell
     assert task.segment(start_of(task), labelled_files, plan(steps=1, first=0, total=2))[1] == early
 
 
+def test_the_probe_is_heard_at_the_last_temperature(labelled_files: Sequence[Path]) -> None:
+    task = made(labelled_files, {**DISTILL, "first_temperature": 4.0, "last_temperature": 2.0})
+    constant = made(labelled_files, {**DISTILL, "first_temperature": 2.0, "last_temperature": 2.0})
+    params = task.initial_params()
+
+    assert task.probe_loss(params, labelled_files) == constant.probe_loss(params, labelled_files)
+
+
 # --- where a student starts ---------------------------------------------------------------------
 
 
@@ -303,6 +311,31 @@ def test_an_encoder_that_student_and_teacher_share_hears_each_batch_once(shard_f
     assert len(heard) == 3
     assert not any(name.startswith("model.encoder") for name in task.trained)
     assert all(torch.equal(before[name], value) for name, value in task.model.model.encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_hidden_is_hidden_from_the_student_only(
+    shard_files: Sequence[Path], steady_base: Path, frozen: bool
+) -> None:
+    task = made(shard_files, {**ONLINE, "model": str(steady_base), "freeze_encoder": frozen, "spec_augment": {}})
+    clips = read_shard(shard_files[0]).clips
+    features = collate(clips, 300, task.frontend.config.pad_token_id).features
+    heard: dict[str, list[bool]] = {"student": [], "teacher": []}
+
+    def listen(who: str, model: Any) -> None:
+        model.get_decoder().register_forward_pre_hook(
+            lambda _, __, given_: heard[who].append(bool(torch.equal(given_["encoder_hidden_states"], clean))),
+            with_kwargs=True,
+        )
+
+    with torch.no_grad():
+        clean = task.model.get_encoder()(features).last_hidden_state
+        listen("student", task.model)
+        listen("teacher", task.teacher)
+        task.model.train()
+        task.loss(clips)
+
+    assert heard == {"student": [False], "teacher": [True]}
 
 
 @pytest.mark.parametrize("change", [{}, {"freeze_encoder": True, "encoder_layers": [0, 1]}], ids=str)

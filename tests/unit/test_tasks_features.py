@@ -284,8 +284,9 @@ def router(
         at = start_of(task)
         if steps:
             at, _ = task.segment(at, [shard], plan(steps=steps, samples=8, total=steps))
-        (folder / "adapters" / dialect).mkdir(parents=True)
-        task.export(at.params, folder / "adapters" / dialect, {"dialects": [dialect]})
+        out = folder / "adapters" / f"{dialect}-0.2"
+        out.mkdir(parents=True)
+        task.export(at.params, out, {"dialects": [dialect]})
     return Router(folder / "accent", folder / "adapters")
 
 
@@ -304,8 +305,8 @@ def test_each_clip_is_transcribed_by_the_adapter_chosen_for_it(router: Router, s
     choices = router.route(clips)
     mixed = router.transcribe(clips, choices)
     assert mixed == [router.transcribe([clip], [choice])[0] for clip, choice in zip(clips, choices, strict=True)]
-    assert {choice.adapter.folder.name for choice in choices} == {"cmn", "yue"}
-    assert all(choice.dialect == choice.adapter.folder.name for choice in choices)
+    assert {choice.adapter.folder.name for choice in choices} == {"cmn-0.2", "yue-0.2"}
+    assert all(f"{choice.dialect}-0.2" == choice.adapter.folder.name for choice in choices)
 
 
 def test_the_command_says_what_was_chosen_for_a_recording_and_what_comes_of_it(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,11 +119,60 @@ def test_a_merged_adapter_loads_with_plain_peft(write: Write, tmp_path: Path) ->
     assert [source["weight"] for source in notes["merged_from"]] == [10.0, 10.0]
 
 
+def merged(*folders: Path, out: Path) -> str:
+    """What the command says."""
+    result = CliRunner().invoke(app, ["merge", *map(str, folders), "--out", str(out)])
+    assert result.exception is None, result.output
+    return result.stdout
+
+
+def test_what_was_merged_weighs_as_much_as_all_that_it_is_made_of(write: Write, tmp_path: Path) -> None:
+    one, other, third = (write(name, about={"seconds_merged": 100.0 * len(name)}) for name in ("a", "ab", "abc"))
+    merged(one, other, out=tmp_path / "pair")
+    said = merged(tmp_path / "pair", third, out=tmp_path / "all")
+
+    assert read_adapter(tmp_path / "pair").seconds == 300.0
+    assert "weights: the seconds of audio that went into each adapter" in said
+    notes = json.loads((tmp_path / "all" / "p2pasr.json").read_text(encoding="utf-8"))
+    assert [source["weight"] for source in notes["merged_from"]] == [300.0, 300.0]
+    assert notes["seconds_merged"] == 600.0
+
+
+@pytest.mark.parametrize("unsaid", ["no notes", None, 0.0, -5.0, math.inf, math.nan, "many"], ids=str)
+def test_weights_are_equal_unless_all_say_how_much_audio_went_into_them(
+    write: Write, tmp_path: Path, unsaid: Any
+) -> None:
+    one, other = write("one", about={"seconds_merged": 5000.0}), write("other", about={"seconds_merged": unsaid})
+    if unsaid == "no notes":
+        (other / "p2pasr.json").unlink()
+    said = merged(one, other, out=tmp_path / "out")
+
+    assert "weights: equal, for not every adapter says how much audio went into it" in said
+    notes = json.loads((tmp_path / "out" / "p2pasr.json").read_text(encoding="utf-8"))
+    assert [source["weight"] for source in notes["merged_from"]] == [1.0, 1.0]
+    assert "seconds_merged" not in notes
+
+
+@pytest.mark.parametrize("noted", [0, 1])
+def test_bases_without_a_digest_are_compared_by_their_names(write: Write, noted: int) -> None:
+    folders = [write("one"), write("other")]
+    for folder in folders[noted:]:
+        (folder / "p2pasr.json").unlink()
+    assert merge([read_adapter(folder) for folder in folders], [1, 1]).warnings == ()
+
+    settings_ = folders[1] / "adapter_config.json"
+    content = {**json.loads(settings_.read_text(encoding="utf-8")), "base_model_name_or_path": "openai/whisper-tiny"}
+    settings_.write_text(json.dumps(content), encoding="utf-8")
+    (said,) = merge([read_adapter(folder) for folder in folders], [1, 1]).warnings
+    assert said.startswith(f"the adapters name different base models (openai/whisper-tiny, {MODEL})")
+
+
 def test_what_does_not_fit_together_is_said(write: Write, tmp_path: Path) -> None:
     folders = [write("one"), write("other", about={"round": 2})]
-    notes = folders[1] / "p2pasr.json"
-    content = {**json.loads(notes.read_text(encoding="utf-8")), "window_seconds": 1.5, "base_weights": "c" * 64}
-    notes.write_text(json.dumps(content), encoding="utf-8")
+    for folder, change in zip(folders, ({}, {"window_seconds": 1.5}), strict=True):
+        notes = folder / "p2pasr.json"
+        content = {**json.loads(notes.read_text(encoding="utf-8")), "base_weights": folder.name, **change}
+        notes.write_text(json.dumps(content), encoding="utf-8")
     said = merge([read_adapter(folder) for folder in folders], [1, 1]).warnings
 
     assert [sentence.split(";")[0] for sentence in said] == [

@@ -160,7 +160,7 @@ def test_only_the_transcript_and_its_end_are_learned(hearing: SpeechLlmTask, sha
     hearing.model.eval()
     target = [*hearing.tokenizer(said(hearing, clip))["input_ids"], hearing.tokenizer.eos_token_id]
     with torch.no_grad():
-        (sound,) = hearing._hear([clip], augment=False)
+        (sound,) = hearing._hear([clip])
         row = torch.cat([sound, hearing.model.read([*hearing.prompt, *target])])[None]
         logs = hearing.model.language_model(inputs_embeds=row).logits[0].log_softmax(-1)
         by_hand = -sum(float(logs[len(row[0]) - len(target) - 1 + place, id_]) for place, id_ in enumerate(target))
@@ -171,7 +171,7 @@ def test_only_the_transcript_and_its_end_are_learned(hearing: SpeechLlmTask, sha
 
 def test_a_clip_is_heard_at_its_true_length(hearing: SpeechLlmTask, shard_files: Shards) -> None:
     clips = hearing.examples(shard_files)
-    lengths = [len(sound) for sound in hearing._hear(clips, augment=False)]
+    lengths = [len(sound) for sound in hearing._hear(clips)]
 
     assert lengths == [-(-clip.mel.shape[1] // 16) for clip in clips]
     assert len(set(lengths)) > 1
@@ -247,7 +247,7 @@ def test_greedy_is_what_transformers_generates(make_llm: Make, shard_files: Shar
     clip = task.examples(shard_files)[0]
     (ours,) = task._greedy([clip])
     with torch.no_grad():
-        row = torch.cat([task._hear([clip], augment=False)[0], task.model.read(task.prompt)])[None]
+        row = torch.cat([task._hear([clip])[0], task.model.read(task.prompt)])[None]
         model = task.model.language_model
         options = {"attention_mask": torch.ones(row.shape[:2]), "max_new_tokens": 48, "do_sample": False}
         theirs = model.generate(inputs_embeds=row, eos_token_id=256, pad_token_id=256, **options)[0].tolist()
@@ -285,7 +285,7 @@ def test_plain_libraries_load_an_export(
     clip = task.examples(shard_files)[0]
     task.model.eval()
     with torch.no_grad():
-        (sound,) = task._hear([clip], augment=False)
+        (sound,) = task._hear([clip])
         ids = torch.tensor([[*task.prompt, *task._target(clip)]])
         rows = torch.cat([sound[None], plain.get_input_embeddings()(ids)], dim=1)
         theirs = plain(inputs_embeds=rows).logits

@@ -392,6 +392,38 @@ def test_a_whisper_student_takes_no_weights_of_the_model_that_it_names(shard_fil
     assert task.whisper.config.d_model == 32
 
 
+def test_an_exported_whisper_student_writes_in_the_language_it_is_asked_for(
+    shard_files: Shards, tmp_path: Path
+) -> None:
+    named = tmp_path / "named"
+    shutil.copytree(BUNDLED[MODEL], named)
+    settings = json.loads((named / "generation_config.json").read_text(encoding="utf-8"))
+    (named / "generation_config.json").write_text(json.dumps({**settings, "alignment_heads": [[1, 0]]}))
+    config = {**STUDENT, "architecture": "whisper", "model": str(named), "encoder_layers": 1, "decoder_layers": 1}
+    task = student(shard_files, config)
+    task.export(task.initial_params(), tmp_path / "out", {})
+    plain = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    features = torch.randn(1, 80, 300)
+
+    for language in ("zh", "en"):
+        written = plain.generate(features, language=language, task="transcribe", return_dict_in_generate=True)
+        start = [settings["decoder_start_token_id"], settings["lang_to_id"][f"<|{language}|>"]]
+        assert written["sequences"][0, :2].tolist() == start
+    assert getattr(plain.generation_config, "alignment_heads", None) is None
+
+
+def test_a_whisper_student_of_a_model_that_says_nothing_of_languages_is_trained_all_the_same(
+    shard_files: Shards, tmp_path: Path
+) -> None:
+    silent = tmp_path / "silent"
+    shutil.copytree(BUNDLED[MODEL], silent)
+    (silent / "generation_config.json").unlink()
+    config = {**STUDENT, "architecture": "whisper", "encoder_layers": 1, "decoder_layers": 1}
+    ours, theirs = student(shard_files, config), student(shard_files, {**config, "model": str(silent)})
+    assert theirs.initial_params().keys() == ours.initial_params().keys()
+    assert all(np.array_equal(value, ours.initial_params()[name]) for name, value in theirs.initial_params().items())
+
+
 def test_a_distilled_student_starts_as_the_teacher_with_fewer_layers(shard_files: Shards, tmp_path: Path) -> None:
     teacher = WhisperForConditionalGeneration(
         WhisperConfig.from_pretrained(BUNDLED[MODEL], decoder_layers=4, encoder_layers=1, dtype="float32")
