@@ -53,6 +53,22 @@ def utterances(rows: Iterable[Utterance], size: int = 16) -> Iterator[OwnShard]:
         yield OwnShard(tensors, len(piece), sum(len(row.mel) for row in piece) / FRAMES_A_SECOND)
 
 
+class Adapted(torch.nn.Module):
+    """A base with adapters. The running statistics of its postnet stay as they are: nobody averages or exports them."""
+
+    def __init__(self, base: SpeechT5ForTextToSpeech) -> None:
+        super().__init__()
+        self.net: Any = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+
+    def train(self, mode: bool = True) -> Adapted:
+        """See :meth:`torch.nn.Module.train`."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, torch.nn.BatchNorm1d):
+                module.eval()
+        return self
+
+
 class SpeechT5Task(GradientTask[Utterance]):
     """Low-rank adapters in the attention of SpeechT5; the loss is the L1 distance of the log-mels.
 
@@ -66,7 +82,7 @@ class SpeechT5Task(GradientTask[Utterance]):
         self.device = torch.device("cpu")
         base = SpeechT5ForTextToSpeech.from_pretrained(model)
         self.reduction = int(base.config.reduction_factor)
-        self.model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+        self.model = Adapted(base)
         self.trained = trainable(self.model)
 
     def initial_params(self) -> dict[str, np.ndarray]:
@@ -100,7 +116,7 @@ class SpeechT5Task(GradientTask[Utterance]):
         target = torch.from_numpy(example.mel[:frames].astype(np.float32))[None]
         text = torch.from_numpy(example.text.astype(np.int64))[None]
         voice = torch.from_numpy(np.array(example.voice))[None]
-        model = self.model.base_model.model
+        model = self.model.net.base_model.model
         speecht5 = model.speecht5(
             input_values=text,
             decoder_input_values=_shifted(target, self.reduction),
@@ -123,7 +139,7 @@ class SpeechT5Task(GradientTask[Utterance]):
     def export(self, params: Any, out: Path, about: Mapping[str, Any]) -> None:
         """A PEFT adapter folder."""
         self.set_params(params)
-        self.model.save_pretrained(out)
+        self.model.net.save_pretrained(out)
         (out / "p2pasr.json").write_text(json.dumps(dict(about), indent=1) + "\n", encoding="utf-8")
 
 

@@ -77,6 +77,14 @@ class Machine:
         """Whether it is more than a processor."""
         return self.device != "cpu"
 
+    def minutes(self, flops: float, precision: str) -> float:
+        """How long training takes so many floating-point operations.
+
+        Args:
+            precision: computed in float32's time where its speed is not known.
+        """
+        return flops / (EFFICIENCY * self.speeds.get(precision, self.speeds["fp32"])) / 60
+
     def whole(self, room: float) -> float:
         """Bytes that such a machine must have for training to fill some of them."""
         return room / RESERVE if self.accelerated else room + SYSTEM_GIB * GIB
@@ -203,10 +211,13 @@ def plan(choice: Choice, cost: Cost, machine: Machine, rounds: RoundSection, *, 
     sizes = [size for size in BATCHES if size <= rounds.samples_per_step]
     micro_batch = next((size for size in sizes if spare * cost.memory(size) <= machine.memory), None)
     memory = cost.memory(micro_batch or 1)
-    samples = rounds.segments * rounds.steps_per_segment * rounds.samples_per_step
-    speed = machine.speeds[str(choice.settings.get("precision", "fp32"))]
-    minutes = cost.flops * samples / (EFFICIENCY * speed) / 60
+    minutes = machine.minutes(_flops(cost.flops, rounds), str(choice.settings.get("precision", "fp32")))
     return Plan(choice, cost, micro_batch, memory, spare * memory, minutes)
+
+
+def _flops(each: float, rounds: RoundSection) -> float:
+    """Those of a round, by those of one example."""
+    return each * rounds.segments * rounds.steps_per_segment * rounds.samples_per_step
 
 
 def sketch(kind: str, config: Mapping[str, Any]) -> GradientTask[Any]:
@@ -257,6 +268,7 @@ class Measured:
     Attributes:
         examples: in the step.
         planned, taken: bytes of weights, gradients, moments and what else is held at once.
+        flops: floating-point operations of a round, as planned.
         step_seconds: the fastest of the steps.
         minutes: of a round at this pace.
     """
@@ -264,6 +276,7 @@ class Measured:
     examples: int
     planned: float
     taken: float
+    flops: float
     step_seconds: float
     minutes: float
 
@@ -280,7 +293,7 @@ def measure(
     """
     examples = list(task.examples(shards))
     size = min(task.config.micro_batch or rounds.samples_per_step, len(examples))
-    foreseen = planned(sketched, examples[:size])
+    foreseen = _cost_together(sketched, examples[:size])
     plan_of_step = SegmentPlan(blob_digest(b"plan"), 1, rounds.samples_per_step, 0, 1)
     start = Checkpoint(task.initial_params())
     seconds = []
@@ -291,8 +304,9 @@ def measure(
     moments = sum(value.nbytes for value in end.moments.values())
     gradients = sum(parameter.nbytes for parameter in task.trained.values())
     taken = stored(modules(task)) + gradients + moments + _held(task, examples[:size])
-    samples = rounds.segments * rounds.steps_per_segment
-    return Measured(size, foreseen, taken, min(seconds), min(seconds) * samples / 60)
+    memory = foreseen.memory(1, task.config.optimizer)
+    minutes = min(seconds) * rounds.segments * rounds.steps_per_segment / 60
+    return Measured(size, memory, taken, _flops(foreseen.flops / size, rounds), min(seconds), minutes)
 
 
 def planned(task: GradientTask[Any], examples: Sequence[Any]) -> float:
@@ -301,10 +315,14 @@ def planned(task: GradientTask[Any], examples: Sequence[Any]) -> float:
     Args:
         task: a sketch, or one of which a copy without values can be made: its base is not quantised.
     """
+    return _cost_together(task, examples).memory(1, task.config.optimizer)
+
+
+def _cost_together(task: GradientTask[Any], examples: Sequence[Any]) -> Cost:
+    """Of some examples as if they were one."""
     bare = task if task.device.type == "meta" else _without_values(task)
     bare.model.train()
-    cost = trace(modules(bare), lambda _: bare.loss(examples), 1, bare.config.precision)
-    return cost.memory(1, bare.config.optimizer)
+    return trace(modules(bare), lambda _: bare.loss(examples), 1, bare.config.precision)
 
 
 def _without_values(task: GradientTask[Any]) -> GradientTask[Any]:

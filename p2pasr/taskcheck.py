@@ -135,6 +135,8 @@ def check_task(target: Target, plan: SegmentPlan, section: VerifySection) -> Ite
         broken = None if moved <= bound else f"a value moved by {moved:.3g} where {bound:.3g} is the most"
         yield Check("no value moves further than the task says", broken, f"{moved:.2g} of {bound:.2g}")
     yield Check("it scores, and the initial parameters like none", _not_scored(task, params, target.shards))
+    kept = _scored_otherwise(task, target.make(), first.params, target.shards[:1])
+    yield Check("what an instance trained before does not change a score", kept)
     yield Check("it exports what it trained", _not_exported(task, first.params))
 
 
@@ -291,6 +293,13 @@ def _not_scored(task: Task, params: Tensors, shards: Sequence[Path]) -> str | No
     if not isinstance(untrained, Mapping) or not untrained:
         return "evaluate() returns no map of names to figures"
     return None if untrained == given else f"None scores {dict(untrained)}, the initial parameters {dict(given)}"
+
+
+def _scored_otherwise(used: Task, fresh: Task, params: Tensors, shards: Sequence[Path]) -> str | None:
+    """Whether training left something behind that counts and is no parameter, such as running statistics."""
+    with _someones("evaluate()"):
+        here, there = used.evaluate(params, shards), fresh.evaluate(params, shards)
+    return None if here == there else f"the instance that trained scores {dict(here)}, a new one {dict(there)}"
 
 
 def _not_exported(task: Task, params: Tensors) -> str | None:

@@ -150,13 +150,16 @@ def _measure(config: Path | None, shards: Path, as_json: bool) -> None:
     with Console(stderr=True).status("taking the first steps"):
         pinned = tasks.pin(read.task.kind, read.task.config, None, files)
         sketched = sketch(read.task.kind, pinned)
-        task: Any = tasks.build(read.task.kind, pinned, seed=read.seed, device=look().device, shards=files)
+        machine = look()
+        task: Any = tasks.build(read.task.kind, pinned, seed=read.seed, device=machine.device, shards=files)
         found = measure(task, sketched, files, read.rounds)
+    planned_minutes = machine.minutes(found.flops, task.config.precision)
     about = {
         "examples": found.examples,
         "planned_gib": round(found.planned / GIB, 3),
         "taken_gib": round(found.taken / GIB, 3),
         "step_seconds": round(found.step_seconds, 3),
+        "planned_minutes": round(planned_minutes, 2),
         "minutes": round(found.minutes, 2),
     }
     if as_json:
@@ -165,7 +168,8 @@ def _measure(config: Path | None, shards: Path, as_json: bool) -> None:
     typer.echo(
         f"{found.examples} examples at once take {found.taken / GIB:.2f} GiB "
         f"({found.taken / found.planned - 1:+.1%} of the {found.planned / GIB:.2f} GiB that were planned); "
-        f"a step takes {found.step_seconds:.2f} s, a round {found.minutes:.1f} min"
+        f"a step takes {found.step_seconds:.2f} s, a round {found.minutes:.1f} min "
+        f"({found.minutes / planned_minutes - 1:+.1%} of the {planned_minutes:.1f} min that were planned)"
     )
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, StringConstraints, ValidationError, field_validator
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from p2pasr.errors import LocalError
 from p2pasr.protocol.encoding import digest
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.speech.phonemes import LONGEST_WORD, readings
-from p2pasr.speech.pretrained import Frontend, frontend
+from p2pasr.speech.pretrained import Frontend, file_digest, frontend, weight_file
 from p2pasr.speech.shards import Clip, Features, Shard, read_shard, silence
 from p2pasr.speech.text import normalise
 from p2pasr.tasks.base import OnProgress
@@ -52,6 +53,9 @@ Dialect = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 
 WEIGHTS, SETTINGS, PROGRAM = "model.safetensors", "config.json", "model.pt2"
 
+ENCODER = "encoder."
+"""What the names of the encoder's parameters begin with."""
+
 SCORING_BATCH = 16
 
 
@@ -71,6 +75,13 @@ class FeaturesTaskConfig(TrainingConfig):
     """What a head's loss counts; 1 for those that are not named."""
     encoder: EncoderConfig = EncoderConfig()
     """Sizes of the encoder, whose blocks read text too where a head does."""
+    pretrained: str | None = None
+    """Hub id or local folder of an export of this kind of task whose encoder training starts from, such as one that
+    learned `masked`; drawn from the run's seed if null."""
+    pretrained_revision: str | None = None
+    """Commit of that hub repository."""
+    pretrained_weights: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """BLAKE3 of that export's weights, filled in by `p2pasr run new`."""
 
     dialects: Annotated[tuple[Dialect, ...], Field(strict=False)] = ()
     """Classes of `accent`, and what `phoneme` knows; filled in from the run's shards by `p2pasr run new`."""
@@ -105,6 +116,12 @@ class FeaturesTaskConfig(TrainingConfig):
         if len(set(heads)) < len(heads):
             raise ValueError(f"a head is named twice in {', '.join(heads)}")
         return heads
+
+    @model_validator(mode="after")
+    def _pretrained_is_named(self) -> FeaturesTaskConfig:
+        if self.pretrained is None and self.pretrained_weights is not None:
+            raise ValueError("pretrained_weights is the digest of pretrained, which is not given")
+        return self
 
 
 class FeaturesModel(nn.Module):
@@ -258,7 +275,8 @@ class FeaturesTask(GradientTask[Example]):
         model: a folder to load the recogniser's tokenizer and extractor from instead of `config.model`.
 
     Raises:
-        LocalError: the device or the model's files are missing, or a head has no classes.
+        LocalError: the device or the model's files are missing, a head has no classes, or the pretrained encoder is
+            missing, another one or of other sizes.
     """
 
     config: FeaturesTaskConfig
@@ -273,13 +291,17 @@ class FeaturesTask(GradientTask[Example]):
         self.model = FeaturesModel(config, front).to(self.device)
         self.features = self.model.features
         self.trained = trainable(self.model)
+        self._heard = {} if config.pretrained is None else _read_encoder(config, self.trained)
         self._dialects = {dialect: index for index, dialect in enumerate(config.dialects)}
         self._speakers = {bytes.fromhex(speaker): index for index, speaker in enumerate(config.speakers)}
 
     @staticmethod
     def pin(config: FeaturesTaskConfig, model: str | None, shards: Sequence[Path]) -> FeaturesTaskConfig:
-        """Fill in what the manifest must fix: the classes of heads, as the run's shards have them."""
+        """Fill in what the manifest must fix: the classes of heads, as the run's shards have them, and digests."""
         found: dict[str, Any] = {}
+        if config.pretrained is not None:
+            _check_form(config)
+            found["pretrained_weights"] = file_digest(_exported(config, WEIGHTS))
         opened = [read_shard(path) for path in shards]
         if {"accent", "phoneme"} & set(config.heads) and not config.dialects:
             found["dialects"] = tuple(sorted({shard.dialect for shard in opened}))
@@ -305,8 +327,9 @@ class FeaturesTask(GradientTask[Example]):
                 raise LocalError(f"a shard holds a dialect that task.config.dialects does not name; it names {known}")
 
     def initial_params(self) -> Tensors:
-        """Drawn from the run's seed."""
-        return fresh_params(self.trained, digest("features", self.seed.to_bytes(8, "big")))
+        """Drawn from the run's seed, the encoder's from the pretrained one if there is one."""
+        drawn = fresh_params(self.trained, digest("features", self.seed.to_bytes(8, "big")))
+        return {**drawn, **{name: value.copy() for name, value in self._heard.items()}}
 
     def examples(self, shards: Sequence[Path]) -> list[Example]:
         """See :meth:`p2pasr.tasks.training.GradientTask.examples`."""
@@ -392,6 +415,54 @@ def load_features(folder: Path, device: str = "cpu", model: str | None = None) -
     except RuntimeError as error:
         raise LocalError(f"the weights in {folder} do not fit its {SETTINGS}; export the model again") from error
     return loaded.to(usable_device(device)).eval()
+
+
+def _exported(config: FeaturesTaskConfig, name: str) -> Path:
+    """A file of the export that training starts from."""
+    path = weight_file(str(config.pretrained), name, config.pretrained_revision)
+    if path is None:
+        raise LocalError(f"task.config.pretrained: {config.pretrained!r} has no {name}; name an export of such a task")
+    return path
+
+
+def _check_form(config: FeaturesTaskConfig) -> None:
+    """Compare what no shape tells, such as the number of attention heads."""
+    try:
+        settings = json.loads(_exported(config, SETTINGS).read_text(encoding="utf-8"))
+        form = FeaturesTaskConfig.model_validate(settings).encoder
+    except (OSError, ValueError) as error:
+        raise LocalError(
+            f"task.config.pretrained: {config.pretrained!r} is an export of no task of kind features"
+        ) from error
+    if form.model_copy(update={"dropout": config.encoder.dropout}) != config.encoder:
+        sizes = ", ".join(f"{name}: {size}" for name, size in form.model_dump(exclude={"dropout"}).items())
+        raise LocalError(
+            f"the encoder in {config.pretrained!r} has another form than task.config.encoder; give that {sizes}"
+        )
+
+
+def _read_encoder(config: FeaturesTaskConfig, trained: Mapping[str, nn.Parameter]) -> Tensors:
+    """The exported encoder's parameters, if their names, shapes and dtypes are those of the run's."""
+    named = {name: p for name, p in trained.items() if name.startswith(ENCODER)}
+    if not named:
+        raise LocalError(f"task.config.pretrained names an encoder, and none of {', '.join(config.heads)} hears")
+    if next(iter(named.values())).is_meta:
+        return {}
+    path = _exported(config, WEIGHTS)
+    if config.pretrained_weights is not None and file_digest(path) != config.pretrained_weights:
+        raise LocalError(f"the encoder in {config.pretrained!r} is not what this run was made with; get that version")
+    try:
+        with safe_open(path, "np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys() if name.startswith(ENCODER)}  # noqa: SIM118
+            forms = {name: (tuple(found.get_shape()), found.get_dtype()) for name, found in slices.items()}
+            if forms != {name: (tuple(p.shape), "F32") for name, p in named.items()}:
+                raise LocalError(
+                    f"the encoder in {config.pretrained!r} has other sizes than the run's; they come from "
+                    "task.config.encoder and the mel bands of task.config.model"
+                )
+            return {name: file.get_tensor(name) for name in named}
+    except (SafetensorError, TypeError) as error:
+        raise LocalError(f"{path} is damaged ({error}); get it again") from error
 
 
 def _listening_program(model: FeaturesModel) -> torch.export.ExportedProgram | None:

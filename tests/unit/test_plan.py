@@ -260,6 +260,31 @@ def test_the_command_measures_a_runs_own_task(shards: Path, tmp_path: Path) -> N
     assert found["taken_gib"] == pytest.approx(found["planned_gib"], rel=0.15)
 
 
+def test_the_time_that_was_planned_stands_beside_the_time_that_is_taken(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("name: x\ntask: {kind: lora, config: {model: p2pasr/demo-base}}\nrounds: {rounds: 1}\n")
+    machine = Machine("cpu", "", GIB, "fp32", {"fp32": 1e9})
+    monkeypatch.setattr("p2pasr.plan.look", lambda: machine)
+    arguments = ["plan", str(config), "--shards", str(shards)]
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    (made,) = plans([[Choice("lora", "", {"model": MODEL})]], machine, ROUNDS)
+
+    assert found["planned_minutes"] == pytest.approx(made.minutes, rel=0.2)  # that is of other clips, with longer texts
+    said = CliRunner().invoke(app, arguments).stdout
+    assert f"% of the {found['planned_minutes']:.1f} min that were planned)" in said
+
+
+@given(st.floats(1, 1e18), st.floats(1e9, 1e15), st.sampled_from(["fp32", "bf16"]))
+def test_twice_the_arithmetic_or_half_the_speed_is_twice_the_time(flops: float, speed: float, precision: str) -> None:
+    machine, slower = (Machine("cpu", "", GIB, "fp32", {"fp32": each}) for each in (speed, speed / 2))
+    once = machine.minutes(flops, precision)
+
+    assert once == pytest.approx(flops / (0.5 * speed) / 60)
+    assert machine.minutes(2 * flops, precision) == slower.minutes(flops, precision) == pytest.approx(2 * once)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

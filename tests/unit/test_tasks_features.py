@@ -12,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from p2pasr.cli import app
 from p2pasr.errors import LocalError
+from p2pasr.plan import sketch
 from p2pasr.runs import shard_paths
 from p2pasr.speech.prepare import Settings, prepare
+from p2pasr.speech.pretrained import file_digest
 from p2pasr.speech.shards import read_shard
 from p2pasr.speech.synthetic import ACTIONS, DIGITS, OPENINGS, write_corpus
 from p2pasr.tasks import Checkpoint, build, pin
@@ -217,6 +219,104 @@ def test_what_a_model_was_not_taught_it_does_not_answer(
     clips = read_shard(spoken["test"][0]).clips[:1]
     with pytest.raises(LocalError, match="no head 'phoneme', only accent, vad, masked"):
         learned[0].model.phonemes(clips)
+
+
+# --- a pretrained encoder -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(learned: tuple[FeaturesTask, Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as a folder."""
+    folder = tmp_path_factory.mktemp("exported")
+    learned[0].export(learned[1].params, folder, {})
+    return folder
+
+
+def test_training_starts_from_an_exported_encoder_and_from_heads_of_the_seed(exported: Path, spoken: SHARDS) -> None:
+    held = load_file(exported / "model.safetensors")
+    fresh = made(["vad", "masked"], spoken["train"])
+    task = made(["vad", "masked"], spoken["train"], pretrained=str(exported))
+    start = task.initial_params()
+
+    assert task.config.pretrained_weights == file_digest(exported / "model.safetensors")
+    assert start.keys() == fresh.initial_params().keys()
+    for name, value in start.items():
+        expected = held[name].numpy() if name.startswith("encoder.") else fresh.initial_params()[name]
+        assert value.dtype == np.float32
+        assert np.array_equal(value, expected)
+
+
+def test_two_tasks_from_one_encoder_train_the_same_bits(exported: Path, spoken: SHARDS) -> None:
+    one, other = (made(["vad"], spoken["train"], pretrained=str(exported)) for _ in range(2))
+    ends = [task.segment(start_of(task), spoken["train"], plan())[0].pack() for task in (one, other, one)]
+
+    assert ends[0] == ends[1] == ends[2]
+
+
+def test_sound_that_was_masked_is_guessed_sooner_by_an_encoder_that_did_so_before(
+    exported: Path, spoken: SHARDS
+) -> None:
+    losses = []
+    for pretrained in (None, str(exported)):
+        task = made(["masked"], spoken["train"], pretrained=pretrained)
+        losses.append(task.segment(start_of(task), spoken["train"], plan(steps=20, samples=16))[1].loss)
+    assert losses[1] < 0.95 * losses[0]
+
+
+def test_a_sketch_of_a_pretrained_task_needs_no_weights(exported: Path, spoken: SHARDS) -> None:
+    config = made(["vad"], spoken["train"], pretrained=str(exported)).config
+    sketched = sketch("features", {**config.model_dump(mode="json"), "pretrained": "/nowhere"})
+
+    assert sketched.initial_params() == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"pretrained_weights": "0" * 64}, r"pretrained_weights is the digest of pretrained, which is not given"),
+        (
+            {"pretrained": MODEL},
+            r"^task\.config\.pretrained: 'p2pasr/demo-base' is an export of no task of kind features",
+        ),
+        ({"heads": ["correction"], "pretrained": "EXPORTED"}, r"names an encoder, and none of correction hears$"),
+        (
+            {"encoder": {**SMALL, "attention_heads": 2}, "pretrained": "EXPORTED"},
+            r"has another form than task\.config\.encoder; give that width: 48, layers: 2, attention_heads: 4, feed",
+        ),
+    ],
+)
+def test_an_encoder_that_nothing_can_start_from_is_refused_before_a_run_is_made(
+    exported: Path, spoken: SHARDS, config: dict[str, Any], sentence: str
+) -> None:
+    settings = {"heads": ["vad"], **config}
+    if settings.get("pretrained") == "EXPORTED":
+        settings["pretrained"] = str(exported)
+    with pytest.raises(LocalError, match=sentence) as refused:
+        made(settings.pop("heads"), spoken["train"], **settings)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_encoder_of_other_sizes_or_other_bytes_is_refused_by_who_joins(
+    exported: Path, spoken: SHARDS, tmp_path: Path
+) -> None:
+    pinned = made(["vad"], spoken["train"], pretrained=str(exported)).config.model_dump(mode="json")
+
+    def joined(**changes: Any) -> None:
+        build("features", {**pinned, **changes}, seed=3)
+
+    with pytest.raises(
+        LocalError, match=r"^the encoder in .* has other sizes than the run's; they come from task\.con"
+    ):
+        joined(encoder={**pinned["encoder"], "width": 32})
+    with pytest.raises(LocalError, match=r"^the encoder in .* is not what this run was made with; get that version$"):
+        joined(pretrained_weights="0" * 64)
+    whole = load_file(exported / "model.safetensors")
+    save_file({name: value.half() for name, value in whole.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(LocalError, match=r"has other sizes than the run's"):
+        joined(pretrained=str(tmp_path), pretrained_weights=None)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(LocalError, match=r"model\.safetensors is damaged \(.*\); get it again$"):
+        joined(pretrained=str(tmp_path), pretrained_weights=None)
 
 
 # --- what a manifest fixes ----------------------------------------------------------------------
