@@ -190,7 +190,10 @@ class VerifySection(_Section):
     auditors: Annotated[int, Field(ge=1, le=16)] = 1
     """Members of a round that may be drawn to audit each of its claims."""
     parts: Annotated[int, Field(ge=0, le=64)] = 1
-    """Parts of each reducer's share that its auditors reduce again, bit for bit."""
+    """Parts of a reducer's share that the member drawn for it reduces again, bit for bit."""
+    reductions: Annotated[float, Field(ge=0, le=1)] = 1 / 64
+    """Share of the reducers of a round of whose parts one member reduces some again. Each part is then had from all
+    of its senders, so that the parts fetched are at most half of this rate of what averaging transfers."""
     links: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the other claims whose last checkpoint one member compares with the delta. Each costs its transfer:
     twelve bytes a trained value, so that runs of large models lower it."""
