@@ -198,7 +198,8 @@ class VerifySection(_Section):
     """Share of the other claims whose last checkpoint one member compares with the delta. Each costs its transfer:
     twelve bytes a trained value, so that runs of large models lower it."""
     close: Annotated[float, Field(gt=0, lt=1)] = 1e-3
-    """A re-run on other hardware whose relative error is at most this is taken for the same."""
+    """A re-run on other hardware whose relative error is at most this is taken for the same. Left out, this and `far`
+    are 0.2 and 0.7 in tasks that compute in fewer bits than float32."""
     far: Annotated[float, Field(gt=0, lt=1)] = 5e-3
     """From this error on it is proof of cheating; between the two nobody can tell, and nobody is blamed."""
     strikes: Annotated[int, Field(ge=0, le=64)] = 2
