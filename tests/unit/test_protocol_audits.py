@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from p2pasr.averaging import shares
 from p2pasr.averaging.codec import Layout
 from p2pasr.protocol.audits import Drawing, Duty, detection_probability
-from p2pasr.protocol.manifest import VerifySection
+from p2pasr.protocol.manifest import AveragingSection, VerifySection
 from p2pasr.protocol.messages import Claim, Signed, seal
 from p2pasr.protocol.tiers import EVERY, TIERS
 
@@ -191,7 +191,7 @@ def test_however_many_peers_there_are_parts_cost_at_most_a_hundredth_of_what_ave
 ) -> None:
     members = tuple(map(make_identity, range(1, peers + 1)))
     claims = tuple(seal(who, make_claim(who, MANIFEST, STATE)) for who in members)
-    layout = Layout.of(values, MANIFEST.averaging)
+    layout = Layout.of(values, AveragingSection())
     split = {who: share for who, share in zip(members, shares.split(layout.parts, [1.0] * peers), strict=True) if share}
     receipts = [seal(who, make_receipt(who, STATE, claims, dict.fromkeys(share, b""))) for who, share in split.items()]
     drawing = Drawing(VerifySection(reductions=1.0), after(0), claims)
