@@ -361,9 +361,19 @@ def open_delta(member: Member, claim: Signed[Claim]) -> bytes:
         Reject: a part does not lie under the claim's root.
     """
     layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
-    packed = claim.pack()
-    parts = (member.link.call("part", OPEN_SECONDS, claim=packed, index=index) for index in range(layout.parts))
-    return b"".join(part["data"] for part in parts)
+    return b"".join(open_part(member, claim, index)[0] for index in range(layout.parts))
+
+
+def open_part(member: Member, claim: Signed[Claim], index: int) -> tuple[bytes, tuple[bytes, ...]]:
+    """One encoded part of a claim's delta, with its way to the claim's root.
+
+    Raises:
+        TransportError: its author does not give it.
+        Reject: it does not lie under the claim's root.
+    """
+    answer = member.link.call("part", OPEN_SECONDS, claim=claim.pack(), index=index)
+    member.opened_parts += len(answer["data"])
+    return answer["data"], tuple(answer["proof"])
 
 
 def check_part_of(member: Member, before: State, record: RoundRecord, duty: Duty) -> Finding:
@@ -381,8 +391,7 @@ def check_part_of(member: Member, before: State, record: RoundRecord, duty: Duty
             if claim.message.peer == member.peer:
                 parts[position] = _own_part(member, record.round, claim.message, duty.item)
             else:
-                answer = member.link.call("part", OPEN_SECONDS, claim=claim.pack(), index=duty.item)
-                parts[position] = answer["data"], tuple(answer["proof"])
+                parts[position] = open_part(member, claim, duty.item)
         except (TransportError, RemoteError) as error:
             member.report.warn(f"part {duty.item} of {short(claim.message.peer)} could not be had: {error}")
             return Finding(claim.message.peer, claim.digest, duty.item, "unavailable", 0.0, NOTHING, NOTHING)

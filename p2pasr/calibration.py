@@ -21,6 +21,7 @@ from p2pasr.errors import LocalError
 from p2pasr.protocol.manifest import RunManifest, parse_manifest
 from p2pasr.protocol.state import State
 from p2pasr.tasks.base import Checkpoint, SegmentPlan, Task
+from p2pasr.tolerances import COARSE_CLOSE, COARSE_FAR
 from p2pasr.verify.compare import relative_errors
 from p2pasr.verify.evidence import checkpoint_groups
 
@@ -170,6 +171,7 @@ class Verdict:
 
     Attributes:
         close: what `verify.close` should be; None where all classes gave the same bits.
+        far: what `verify.far` should be.
         cheat: the smallest error of a control.
         cheat_name: which one's.
         most_far: the most that `verify.far` may be, below which no part of a cheat can hide.
@@ -177,27 +179,35 @@ class Verdict:
     """
 
     close: float | None
+    far: float
     cheat: float
     cheat_name: str
     most_far: float
     refused: tuple[str, ...]
 
 
-def judge(measured: Sequence[Measured], far: float) -> Verdict:
-    """Propose `verify.close` from honest errors and those of the controls.
+def judge(measured: Sequence[Measured], far: float, coarse: bool = False) -> Verdict:
+    """Propose `verify.close` and `verify.far` from honest errors and those of the controls.
 
     Args:
         far: the manifest's `verify.far`.
+        coarse: whether the task computes in fewer bits than float32. Small cheats hide behind its rounding anyway, and
+            honest errors alone decide.
     """
     cheat, cheat_name = min((max(item.errors.values()), item.name) for item in measured if item.name in CONTROLS)
     worst: dict[str, float] = {}
     for item in measured:
         if item.name not in CONTROLS:
             worst[item.name] = max(worst.get(item.name, 0.0), *item.errors.values())
-    limit = min(far, cheat) / ROOM
+    limit = far if coarse else min(far, cheat) / ROOM
     refused = tuple(name for name, error in worst.items() if MARGIN * error > limit)
-    largest = max((error for name, error in worst.items() if name not in refused), default=0.0)
-    return Verdict(MARGIN * largest or None, cheat, cheat_name.removeprefix("control: "), cheat / ROOM, refused)
+    largest = max((error for name, error in worst.items() if coarse or name not in refused), default=0.0)
+    if coarse:
+        close, far = max(COARSE_CLOSE, largest), max(COARSE_FAR, MARGIN * largest)
+    else:
+        close, far = MARGIN * largest, min(far, cheat / ROOM)
+    name = cheat_name.removeprefix("control: ")
+    return Verdict(close if largest else None, far, cheat, name, cheat / ROOM, refused)
 
 
 _task: Task

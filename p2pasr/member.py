@@ -69,6 +69,7 @@ class Member:
         model: a local folder to load a pretrained base from, in place of the one that the manifest names.
         settles: whether segments in the grey zone are trained again in the canonical class; not when one took too long.
         opened: bytes of others' checkpoints that it was given to check, since it started.
+        opened_parts: bytes of others' deltas that it was given to reduce again or to measure, since it started.
         whole: shards whose bytes this process has compared with their digests.
         traffic: bytes sent and received, and connections open, when last counted.
         ticket: what this peer shows to be admitted.
@@ -106,6 +107,7 @@ class Member:
     distrusted: set[str] = field(default_factory=set)
     settles: bool = True
     opened: int = 0
+    opened_parts: int = 0
     whole: set[bytes] = field(default_factory=set)
     traffic: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("bytes_sent", "bytes_received", "connections"), 0)

@@ -637,5 +637,6 @@ def settle(member: Member, result: Averaged) -> None:
         epoch=after.epoch,
         work=after.work,
         bytes_opened=member.opened,
+        bytes_opened_parts=member.opened_parts,
         **member.traffic,
     )

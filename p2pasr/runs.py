@@ -19,6 +19,7 @@ from p2pasr.protocol.state import State, genesis, params_digest, parse_state
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.speech.prepare import read_index
 from p2pasr.speech.shards import check_digest
+from p2pasr.tolerances import tolerant
 from p2pasr.verify.lineage import Checked, follow
 from p2pasr.verify.record import read_record
 
@@ -51,7 +52,8 @@ def new_run(
 
     Raises:
         LocalError: a shard is missing, corrupt, listed twice or made for another model or window, or the task
-            cannot be built or does not offer what the run's data need.
+            cannot be built or does not offer what the run's data need, or `verify` has limits that honest hardware
+            does not keep in the task's precision.
     """
     taken = [shard for shard in read_index(shards).shards if dialect in (None, shard.dialect)]
     for shard in taken:
@@ -64,6 +66,7 @@ def new_run(
         content["task"]["config"] = pinned
     check_offers(task, config)
     params = task.initial_params()
+    content["verify"] = tolerant(config.verify, content["task"]["config"]).model_dump()
     content |= {
         "shards": tuple(asdict(shard) for shard in taken),
         "initial": params_digest(params).hex(),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from p2pasr.accusing import note_strike
-from p2pasr.auditing import OPEN_SECONDS, check_on_probe, check_opened, check_part_of, open_segment, record_of, tell
+from p2pasr.auditing import check_on_probe, check_opened, check_part_of, open_part, open_segment, record_of, tell
 from p2pasr.errors import RemoteError, TransportError
 from p2pasr.protocol.audits import Drawing, Duty
 from p2pasr.protocol.messages import Claim, Signed
@@ -146,7 +146,7 @@ def _try(member: Member, record: RoundRecord, doubt: Doubt, retries_end: float, 
             if doubt.index is None:
                 opened = open_segment(member, claim, duty.item, deadline)
             else:
-                member.link.call("part", OPEN_SECONDS, claim=claim.pack(), index=doubt.index)
+                open_part(member, claim, doubt.index)
             break
         except (TransportError, RemoteError):
             if time.monotonic() + PAUSE_SECONDS > retries_end or not _is_behind(member, claim.message.peer):

@@ -36,7 +36,7 @@ from p2pasr.peers.streams import Stream, patience
 from p2pasr.protocol.cohorts import cohort_of
 from p2pasr.protocol.encoding import blob_digest, digest
 from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Claim, PartReceipt, Receipt, Signed, seal, unseal
-from p2pasr.protocol.rules import RoundView, check_part, check_receipts
+from p2pasr.protocol.rules import RoundView, check_part, check_receipts, check_result
 from p2pasr.protocol.signing import short
 
 JOIN_SECONDS: Final = 20.0
@@ -299,7 +299,7 @@ class AllReduce:
                 results: dict[int, bytes] = {}
                 for index in share:
                     data = await stream.receive_data(layout.part_bytes(index), wait)
-                    await _check_decodes(layout, index, data)  # a receipt for nonsense is nonsense
+                    await _check_result(session, index, data)  # a receipt for nonsense is nonsense
                     session.keep(index, data)
                     results[index] = blob_digest(data)
                 receipt = unseal(await stream.receive_frame(MAX_RECEIPT_BYTES), Receipt, MAX_RECEIPT_BYTES)
@@ -347,7 +347,7 @@ class AllReduce:
                 data = await stream.receive_data(layout.part_bytes(index), wait)
                 if blob_digest(data) != stated[index]:
                     raise Reject(f"part {index} from {short(stream.peer)} is not the one {short(peer)} reduced")
-                await _check_decodes(layout, index, data)
+                await _check_result(session, index, data)
                 session.keep(index, data)
         return receipt
 
@@ -533,6 +533,17 @@ async def _check_decodes(layout: Layout, index: int, data: bytes) -> float:
         Reject: it cannot.
     """
     return float(np.abs(await in_thread(layout.codec.decode, data, layout.part_size(index))).max())
+
+
+async def _check_result(session: Session, index: int, data: bytes) -> None:
+    """Can this part have come of the group's? A rule that starts from a reference may go where no part is.
+
+    Raises:
+        Reject: no.
+    """
+    largest, members = await _check_decodes(session.layout, index, data), session.members
+    if not members.rule.needs_reference:
+        check_result(index, largest, [claim.message for claim in members.claims], members.limits)
 
 
 def _check_receipt(receipt: Signed[Receipt], peer: str, group: bytes, results: Mapping[int, bytes]) -> None:

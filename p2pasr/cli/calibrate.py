@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -27,16 +27,19 @@ def calibrate(
     state_dir: StateDir = None,
     model: ModelDir = None,
     device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="write what was measured there too, as JSON")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Measure by how much honest hardware differs.
 
     Trains the same segments in all classes that this machine can play, from the run's first state and, if a peer's
-    folder has one, from its newest, and proposes `verify.close`. Refuses classes that differ so much that a small
-    cheat could hide among them, and a `verify.far` that is more than a fifth of such a cheat.
+    folder has one, from its newest, and proposes `verify.close` and `verify.far`. Refuses classes that differ so much
+    that a small cheat could hide among them, and a `verify.far` that is more than a fifth of such a cheat. In a task
+    that computes in fewer bits than float32 small cheats hide anyway: only classes that could be blamed are refused.
     """
     from p2pasr import calibration, runs
     from p2pasr.report import progress_bar
+    from p2pasr.tolerances import coarse_settings
 
     manifest, _ = runs.read_run(run)
     manifest = manifest or runs.open_run(run, state_dir).manifest
@@ -68,9 +71,21 @@ def calibrate(
             with calibration.trainer(manifest, hardware, model) as train:
                 for segment in references:
                     compare(hardware.name, segment, train(segment))
-    verdict = calibration.judge(measured, manifest.verify.far)
-    _show(manifest, task.hardware_class, measured, verdict, as_json)
-    if manifest.verify.far > verdict.most_far:
+    coarse = coarse_settings(manifest.task.config)
+    verdict = calibration.judge(measured, manifest.verify.far, bool(coarse))
+    found = _found(manifest, task.hardware_class, measured, verdict)
+    if out is not None:
+        _write(out, found)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _show(manifest, found, verdict)
+    if coarse and verdict.refused:
+        raise LocalError(
+            f"three times the error of {' and of '.join(verdict.refused)} is more than verify.far "
+            f"({manifest.verify.far:g}) in a task with {coarse}; make the run again with {verdict.far:.2g} or more"
+        )
+    if not coarse and manifest.verify.far > verdict.most_far:
         raise LocalError(
             f"verify.far ({manifest.verify.far:g}) is more than a fifth of what the smallest cheat differs by "
             f"({verdict.cheat:.1e}, {verdict.cheat_name}), so that it could hide; make the run again with "
@@ -98,36 +113,55 @@ def starting_states(run: str, state_dir: Path | None, first: State) -> list[Stat
     return [first, saved.state(max(later), first.params)] if later else [first]
 
 
-def _show(manifest: RunManifest, hardware: str, measured: list[Measured], verdict: Verdict, as_json: bool) -> None:
+def _found(manifest: RunManifest, hardware: str, measured: list[Measured], verdict: Verdict) -> dict[str, Any]:
+    """What was measured and what follows from it, for programs: one row for each class, start and group of arrays."""
+    from p2pasr.tolerances import coarse_settings
+
     largest: dict[tuple[str, str, str], float] = {}
     for item in measured:
         for group, error in item.errors.items():
             key = (item.name, item.phase, group)
             largest[key] = max(largest.get(key, 0.0), error)
-    if as_json:
-        rows = [
-            {"class": name, "from": phase, "group": group, "error": error}
-            for (name, phase, group), error in largest.items()
-        ]
-        found = {
-            "hardware": hardware,
-            "errors": rows,
-            "close": verdict.close,
-            "smallest_cheat": verdict.cheat,
-            "most_far": verdict.most_far,
-            "refused": list(verdict.refused),
-        }
-        typer.echo(json.dumps(found, indent=1))
-        return
-    table = Table(title=f"{manifest.name}, against {hardware}", title_justify="left")
+    rows = [
+        {"class": name, "from": phase, "group": group, "error": error}
+        for (name, phase, group), error in largest.items()
+    ]
+    return {
+        "run": manifest.run_id.hex(),
+        "task": manifest.task.kind,
+        "precision": coarse_settings(manifest.task.config) or "fp32",
+        "steps_per_segment": manifest.rounds.steps_per_segment,
+        "hardware": hardware,
+        "errors": rows,
+        "close": verdict.close,
+        "far": verdict.far,
+        "smallest_cheat": verdict.cheat,
+        "most_far": verdict.most_far,
+        "refused": list(verdict.refused),
+    }
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise LocalError(f"the measurements cannot be written to {path} ({error.strerror})") from error
+
+
+def _show(manifest: RunManifest, found: dict[str, Any], verdict: Verdict) -> None:
+    title = f"{manifest.name}, in {found['precision']}, against {found['hardware']}"
+    table = Table(title=title, title_justify="left")
     for column in ("class", "from", "group", "largest error"):
         table.add_column(column, justify="right" if column == "largest error" else "left")
-    for (name, phase, group), error in largest.items():
-        table.add_row(name, phase, group, f"{error:.1e}" if error else "0 (same bits)")
+    for row in found["errors"]:
+        error = f"{row['error']:.1e}" if row["error"] else "0 (same bits)"
+        table.add_row(row["class"], row["from"], row["group"], error)
     console = Console(markup=False, soft_wrap=True)
     console.print(table)
     if verdict.close is None:
         console.print(f"all classes gave the same bits: verify.close ({manifest.verify.close:g}) can stay")
     else:
-        console.print(f"verify: {{close: {verdict.close:.1e}}}  # three times the largest honest error")
+        console.print(
+            f"verify: {{close: {verdict.close:.1e}, far: {verdict.far:.1e}}}  # from the largest honest error"
+        )
     console.print(f"the smallest cheat measured, {verdict.cheat_name}, differs by {verdict.cheat:.1e}")

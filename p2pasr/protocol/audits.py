@@ -87,18 +87,25 @@ class Drawing:
         """The claims of which one of the round's members checks the last link; see :meth:`link_checker`."""
         return tuple(claim for claim in self.claims if self.link_checker(claim) == checker)
 
+    def part_checker(self, receipt: Signed[Receipt]) -> str | None:
+        """Who reduces parts of a reducer's share again, if anybody: another member, drawn at the section's rate."""
+        others = [each.message.peer for each in self.claims if each.message.peer != receipt.message.peer]
+        if not others or _fraction(self._draw("checked-receipt", receipt.digest, "")) >= self.section.reductions:
+            return None
+        return min(others, key=lambda peer: self._draw("part-checker", receipt.digest, peer))
+
     def parts(self, receipts: Sequence[Signed[Receipt]], auditor: str) -> tuple[Duty, ...]:
-        """The parts of the round that one of its members reduces again: some of each other reducer's share.
+        """The parts of the round that one of its members reduces again; see :meth:`part_checker`.
 
         Args:
             receipts: those of the round's reducers.
         """
         duties = []
         for receipt in receipts:
-            if receipt.message.peer == auditor:
+            if self.part_checker(receipt) != auditor:
                 continue
             indices = [part.index for part in receipt.message.parts]
-            places = {index: self._draw("audited-part", receipt.digest, f"{auditor} {index}") for index in indices}
+            places = {index: self._draw("audited-part", receipt.digest, str(index)) for index in indices}
             drawn = sorted(indices, key=places.__getitem__)[: self.section.parts]
             duties += [Duty(receipt.message.peer, receipt.digest, index) for index in drawn]
         return tuple(duties)

@@ -190,12 +190,16 @@ class VerifySection(_Section):
     auditors: Annotated[int, Field(ge=1, le=16)] = 1
     """Members of a round that may be drawn to audit each of its claims."""
     parts: Annotated[int, Field(ge=0, le=64)] = 1
-    """Parts of each reducer's share that its auditors reduce again, bit for bit."""
+    """Parts of a reducer's share that the member drawn for it reduces again, bit for bit."""
+    reductions: Annotated[float, Field(ge=0, le=1)] = 1 / 64
+    """Share of the reducers of a round of whose parts one member reduces some again. Each part is then had from all
+    of its senders, so that the parts fetched are at most half of this rate of what averaging transfers."""
     links: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the other claims whose last checkpoint one member compares with the delta. Each costs its transfer:
     twelve bytes a trained value, so that runs of large models lower it."""
     close: Annotated[float, Field(gt=0, lt=1)] = 1e-3
-    """A re-run on other hardware whose relative error is at most this is taken for the same."""
+    """A re-run on other hardware whose relative error is at most this is taken for the same. Left out, this and `far`
+    are 0.2 and 0.7 in tasks that compute in fewer bits than float32."""
     far: Annotated[float, Field(gt=0, lt=1)] = 5e-3
     """From this error on it is proof of cheating; between the two nobody can tell, and nobody is blamed."""
     strikes: Annotated[int, Field(ge=0, le=64)] = 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from p2pasr.errors import Ignore, Reject
 from p2pasr.protocol.admission import check_admitted
@@ -16,6 +17,9 @@ from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State
 from p2pasr.protocol.strikes import suspended
 from p2pasr.protocol.tiers import EVERY, check_tier
+
+RESULT_ROOM: Final = 1.01
+"""A result's values may be so many times beyond the limit of its parts, for the rounding of sums and codec."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,23 @@ def check_part(index: int, largest: float, claim: Claim, limits: Sequence[float]
             f"part {index} of {short(claim.peer)} moves a value by {largest:.4g}, which {claim.segments} segments "
             f"cannot move by more than {limits[claim.segments - 1]:.4g}"
         )
+
+
+def check_result(index: int, largest: float, claims: Sequence[Claim], limits: Sequence[float] | None) -> None:
+    """May this part have come of reducing those of these claims, by a rule that starts from nothing but them?
+
+    Args:
+        index: which part.
+        largest: the largest magnitude among its values.
+        limits: as for :func:`check_part`.
+
+    Raises:
+        Reject: a value lies further out than any of theirs can.
+    """
+    # D2 No value of a result is beyond the limit of every part in it, but for rounding.
+    most = None if limits is None else max(limits[claim.segments - 1] for claim in claims)
+    if most is not None and largest > RESULT_ROOM * most:
+        raise Reject(f"part {index} of the result moves a value by {largest:.4g}, and no claim by more than {most:.4g}")
 
 
 def check_roster(roster: Roster, run: bytes) -> None:

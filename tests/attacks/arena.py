@@ -367,7 +367,7 @@ def _manifest(shards: dict[bytes, Path], task: TinyTask, changes: dict[str, Any]
         "rounds": {"rounds": 200, "samples_per_step": 16, "steps_per_segment": 8, "min_peers": 2},
         "averaging": {"codec": "int8", "block": 16, "part_values": 256},
         "retention": {"state_rounds": 200},
-        "verify": {"rate": 1.0},
+        "verify": {"rate": 1.0, "reductions": 1.0},
     }
     for name, change in changes.items():
         content[name] = {**content.get(name, {}), **change}

@@ -205,6 +205,14 @@ def test_every_claim_is_checked_by_one_other_member_in_every_round_whatever_is_d
     assert sum(p.member.opened for p in swarm.players) > 0
 
 
+def test_parts_that_are_fetched_for_audits_are_counted_and_half_of_what_averaging_transfers(arena: MakeArena) -> None:
+    swarm = arena(verify={"rate": 0.0, "links": 0.0})
+    swarm.play(2)  # in the second round, the first one's are checked
+    layout = Layout.of(swarm.manifest.parameters, swarm.manifest.averaging)
+    assert layout.parts == PEERS, "each reduces one part"
+    assert sum(player.member.opened_parts for player in swarm.players) == (PEERS - 1) * layout.total_bytes
+
+
 def test_honest_work_on_hardware_that_nobody_else_has_bans_nobody(arena: MakeArena) -> None:
     swarm = arena({CHEAT: adversary.on_other_hardware()})
     swarm.play(4)

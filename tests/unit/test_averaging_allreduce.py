@@ -734,6 +734,33 @@ def test_a_reducer_whose_results_are_not_those_of_its_receipt_is_refused(tmp_pat
     in_a_swarm(tmp_path, story, 2, (1,))
 
 
+@pytest.mark.parametrize(("value", "refused"), [(7.5, True), (-3e3, True), (7.0, False), (-7.0, False)])
+def test_a_result_that_lies_further_out_than_any_claim_can_is_refused(
+    tmp_path: Path, value: float, refused: bool
+) -> None:
+    async def answer(stream: Any, parts: dict[int, bytes]) -> None:
+        made = {index: LAYOUT.codec.encode(np.full(LAYOUT.part_size(index), value, np.float32)) for index in parts}
+        for data in made.values():
+            await stream.send_frame(data)
+        await stream.send_frame(seal(make_identity(2), make_receipt(make_identity(2), STATE, claims, made)).pack())
+
+    claims = members_of(2).claims
+
+    async def story(swarm: Swarm) -> None:
+        assert {claim.message.segments for claim in claims} == {2}
+        swarm.members = dataclasses.replace(swarm.members, limits=(6.0, 7.0, 7.5, 8.0))
+        await swarm.join(0)
+        await reduce_in_own_way(swarm, 1, answer)
+        if refused:
+            with pytest.raises(TransportError, match=f"by {abs(value):.4g}, and no claim by more than 7"):
+                await swarm.average(0)
+        else:
+            _, receipts = await swarm.average(0)
+            assert len(receipts) == 1
+
+    in_a_swarm(tmp_path, story, 2, (1,))
+
+
 def test_a_reducer_with_the_receipt_of_somebody_else_is_refused(tmp_path: Path) -> None:
     async def answer(stream: Any, parts: dict[int, bytes]) -> None:
         for data in parts.values():

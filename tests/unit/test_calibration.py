@@ -26,7 +26,9 @@ from p2pasr.calibration import (
     trainer,
 )
 from p2pasr.errors import LocalError
+from p2pasr.protocol.manifest import VerifySection
 from p2pasr.tasks import Checkpoint
+from p2pasr.tolerances import tolerant
 
 from .builders import ToyTask, make_manifest, make_state
 
@@ -128,3 +130,15 @@ def test_a_process_that_ends_is_said_to_have_ended() -> None:
         trainer(unknown, HardwareClass("odd", "cpu"), None),
     ):
         pass
+
+
+@given(st.floats(1e-9, 0.3), st.floats(1e-3, 0.5))
+def test_coarse_arithmetic_is_judged_by_honest_errors_alone_and_its_limits_keep_them(
+    error: float, cheat: float
+) -> None:
+    verdict = judge(measured(cheat, plain=error), far=0.7, coarse=True)
+    assert bool(verdict.refused) == (3 * error > 0.7)
+    assert verdict.close is not None
+    assert verdict.close >= error
+    section = VerifySection(close=verdict.close, far=verdict.far)
+    assert tolerant(section, {"precision": "bf16"}) == section

@@ -395,10 +395,11 @@ def test_a_calibration_trains_in_other_classes_and_proposes_a_limit(
     own = calibration.HardwareClass("own", "cpu")
     monkeypatch.setattr(calibration, "classes_here", lambda _device: [own, plain])
     small.write(tmp_path / "run.json")
-    result = verify(
-        "calibrate", "--run", tmp_path / "run.json", "--shards", shards, "--segments", "2", "--json"
-    )  # fmt: skip
+    place, file = ("--run", tmp_path / "run.json", "--shards", shards), tmp_path / "errors.json"
+    result = verify("calibrate", *place, "--segments", "2", "--json", "--out", file)
     found = json.loads(result.out)
+    assert json.loads(file.read_text()) == found
+    assert (found["precision"], found["run"]) == ("fp32", small.run_id.hex())
     assert {row["class"] for row in found["errors"]} == {"own", "plain", *calibration.CONTROLS}
     assert all(row["error"] == 0.0 for row in found["errors"] if row["class"] == "own")
     assert found["smallest_cheat"] > 0.01
@@ -423,3 +424,16 @@ def test_a_calibration_refuses_a_limit_in_which_a_small_cheat_could_hide(
         result = verify("calibrate", "--run", tmp_path / "run.json", "--shards", shards, "--segments", "1")
         assert ("verify.far (0.04) is more than a fifth of what the smallest cheat differs by" in result.err) == refused
         assert result.code == (1 if refused else 0)
+
+
+def test_what_a_calibration_measured_in_a_folder_that_does_not_exist_is_one_sentence(
+    verify: Command, small: RunManifest, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from p2pasr import calibration
+
+    monkeypatch.setattr(calibration, "classes_here", lambda _device: [calibration.HardwareClass("own", "cpu")])
+    small.write(tmp_path / "run.json")
+    place = ("--run", tmp_path / "run.json", "--shards", shards, "--out", tmp_path / "no" / "errors.json")
+    result = verify("calibrate", *place, "--segments", "1")
+    assert result.code == 1
+    assert "the measurements cannot be written to" in result.err

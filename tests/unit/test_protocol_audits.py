@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2pasr.averaging import shares
+from p2pasr.averaging.codec import Layout
 from p2pasr.protocol.audits import Drawing, Duty, detection_probability
-from p2pasr.protocol.manifest import VerifySection
+from p2pasr.protocol.manifest import AveragingSection, VerifySection
 from p2pasr.protocol.messages import Claim, Signed, seal
 from p2pasr.protocol.tiers import EVERY, TIERS
 
@@ -31,8 +33,13 @@ RECEIPTS = tuple(
 
 AFTERS = st.binary(min_size=32, max_size=32)
 SECTIONS = st.builds(
-    VerifySection, rate=st.floats(0, 1), auditors=st.integers(1, 16), links=st.floats(0, 1), parts=st.integers(0, 5)
-)  # fmt: skip
+    VerifySection,
+    rate=st.floats(0, 1),
+    auditors=st.integers(1, 16),
+    links=st.floats(0, 1),
+    parts=st.integers(0, 5),
+    reductions=st.floats(0, 1),
+)
 AUDITORS = st.sampled_from([who.peer for who in PEERS])
 
 
@@ -158,18 +165,47 @@ def test_where_nobody_else_can_train_a_claims_shards_its_last_checkpoint_is_comp
     assert claims[0].digest in link_checkers(Drawing(section, state, claims, {}, LENGTHS))
 
 
-@given(AFTERS, st.integers(0, 5), AUDITORS)
-def test_of_every_other_reducer_so_many_parts_are_checked(state: bytes, parts: int, auditor: str) -> None:
-    drawn = Drawing(VerifySection(parts=parts), state, CLAIMS).parts(RECEIPTS, auditor)
+@given(AFTERS, st.integers(0, 5), st.permutations(CLAIMS))
+def test_at_reductions_1_one_other_member_checks_so_many_parts_of_each_reducer_and_at_0_nobody(
+    state: bytes, parts: int, shuffled: list[Signed[Claim]]
+) -> None:
+    drawing = Drawing(VerifySection(parts=parts, reductions=1.0), state, CLAIMS)
+    drawn = [(who.peer, duty) for who in PEERS for duty in drawing.parts(RECEIPTS, who.peer)]
     for receipt in RECEIPTS:
-        others = receipt.message.peer != auditor
-        assert sum(duty.statement == receipt.digest for duty in drawn) == others * min(parts, 3)
+        checker = drawing.part_checker(receipt)
+        assert checker != receipt.message.peer
+        assert checker == Drawing(VerifySection(reductions=1.0), state, shuffled).part_checker(receipt)
+        assert [who for who, duty in drawn if duty.statement == receipt.digest] == [checker] * min(parts, 3)
+    unchecked = Drawing(VerifySection(parts=parts, reductions=0.0), state, CLAIMS)
+    assert not any(unchecked.parts(RECEIPTS, who.peer) for who in PEERS)
+
+
+DEMO, WHISPER_SMALL = 217_088, 1_769_472
+"""Trained values of the demo's LoRA, and of one of rank 16 in Whisper small."""
+
+
+@pytest.mark.parametrize("values", [DEMO, WHISPER_SMALL])
+@pytest.mark.parametrize("peers", [2, 8, 64])
+def test_however_many_peers_there_are_parts_cost_at_most_a_hundredth_of_what_averaging_lora_does(
+    values: int, peers: int
+) -> None:
+    members = tuple(map(make_identity, range(1, peers + 1)))
+    claims = tuple(seal(who, make_claim(who, MANIFEST, STATE)) for who in members)
+    layout = Layout.of(values, AveragingSection())
+    split = {who: share for who, share in zip(members, shares.split(layout.parts, [1.0] * peers), strict=True) if share}
+    receipts = [seal(who, make_receipt(who, STATE, claims, dict.fromkeys(share, b""))) for who, share in split.items()]
+    drawing = Drawing(VerifySection(reductions=1.0), after(0), claims)
+    duties = [duty for receipt in receipts for duty in drawing.parts([receipt], drawing.part_checker(receipt) or "")]
+    fetched = sum((peers - 1) * layout.part_bytes(duty.item) for duty in duties)
+    averaged = 2 * (peers - 1) * layout.total_bytes
+    assert 0 < VerifySection().reductions * fetched <= 0.01 * averaged
 
 
 def test_a_peer_alone_in_its_round_is_checked_by_nobody() -> None:
     assert Drawing(VerifySection(rate=1.0), after(0), CLAIMS[:1]).segments(PEERS[0].peer) == ()
     assert link_checkers(Drawing(VerifySection(rate=1.0), after(0), CLAIMS[:1])) == {}
-    assert Drawing(VerifySection(parts=4), after(0), CLAIMS).parts(RECEIPTS[:1], PEERS[0].peer) == ()
+    alone = Drawing(VerifySection(parts=4, reductions=1.0), after(0), CLAIMS[:1])
+    assert alone.parts(RECEIPTS[:1], PEERS[0].peer) == ()
 
 
 def within(count: int, draws: int, probability: float) -> bool:
@@ -200,7 +236,7 @@ def test_over_many_rounds_links_are_checked_at_the_rate_of_the_manifest_by_every
 def test_over_many_rounds_every_segment_auditor_and_part_is_drawn_alike() -> None:
     rounds = 600
     claim = CLAIMS[3]  # of four segments
-    section = VerifySection(rate=1.0, parts=1)
+    section = VerifySection(rate=1.0, parts=1, reductions=1.0)
     drawn = [
         next((a, d) for a, d in duties(section, after(n), CLAIMS) if d.statement == claim.digest) for n in range(rounds)
     ]
@@ -209,9 +245,26 @@ def test_over_many_rounds_every_segment_auditor_and_part_is_drawn_alike() -> Non
     for who in PEERS:
         if who.peer != claim.message.peer:
             assert within(sum(auditor == who.peer for auditor, _ in drawn), rounds, 1 / 4)
-    parts = [Drawing(section, after(n), CLAIMS).parts(RECEIPTS[:1], PEERS[4].peer)[0].item for n in range(rounds)]
+    checks = [
+        [
+            (who.peer, duty.item)
+            for who in PEERS
+            for duty in Drawing(section, after(n), CLAIMS).parts(RECEIPTS[:1], who.peer)
+        ]
+        for n in range(rounds)
+    ]
     for index in range(3):
-        assert within(parts.count(index), rounds, 1 / 3)
+        assert within(sum(item == index for ((_, item),) in checks), rounds, 1 / 3)
+    for who in PEERS[1:]:
+        assert within(sum(checker == who.peer for ((checker, _),) in checks), rounds, 1 / 4)
+
+
+@pytest.mark.parametrize("reductions", [1 / 64, 0.4])
+def test_over_many_rounds_reducers_are_checked_at_the_rate_of_the_manifest(reductions: float) -> None:
+    section, rounds = VerifySection(reductions=reductions), 600
+    drawings = [Drawing(section, after(number), CLAIMS) for number in range(rounds)]
+    count = sum(drawing.part_checker(receipt) is not None for drawing in drawings for receipt in RECEIPTS)
+    assert within(count, rounds * len(RECEIPTS), reductions)
 
 
 @pytest.mark.parametrize(("rate", "cheated", "auditors"), [(0.25, 1, 1), (0.25, 4, 1), (0.5, 2, 3), (1.0, 4, 1)])
