@@ -75,10 +75,13 @@ def offer(member: Member) -> None:
 
 
 def _readers(member: Member, record: RoundRecord | None) -> list[str] | None:
-    """Who may have the delta of a round: those who were in it if it was made of private shards, or else everybody."""
+    """Who may have the delta of a round: those who were in it if it was made of private shards, or else everybody.
+
+    Where this peer has no record of the round, because it was merged without it, these are all of whom work was merged.
+    """
     if member.manifest.data.policy != "private":
         return None
-    return [] if record is None else [each.message.peer for each in record.members]
+    return sorted(member.state.credit) if record is None else [each.message.peer for each in record.members]
 
 
 def kept_traces(member: Member) -> dict[int, dict[str, Any]]:
