@@ -85,6 +85,12 @@ VOTE_ROUNDS: Final = 2
 
 STATUS_SECONDS: Final = 20.0
 
+SHARE_OF_GRACE: Final = 0.5
+"""So much of `grace_seconds` is spent on proofs of others before a claim, which must be there when they are over."""
+
+LEAST_HEARING_SECONDS: Final = 5.0
+"""What that may take in runs with a short grace."""
+
 
 def run_round(member: Member) -> bool:
     """Take part in one round.
@@ -373,7 +379,7 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
     if (private := member.private) is not None:  # losses would tell how well the model hears these people
         names, said = conceal(shards, member.state.digest, private.secret), (0.0, 0.0)
         seconds = counted_seconds([private.seconds[shard] for shard in shards], member.manifest)
-    hear(member)
+    hear(member, max(LEAST_HEARING_SECONDS, SHARE_OF_GRACE * rounds.grace_seconds))
     against = accused(member)
     claim = seal(
         member.identity,
