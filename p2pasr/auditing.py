@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +18,7 @@ from p2pasr.accusing import convict, hear
 from p2pasr.averaging.codec import Layout
 from p2pasr.canonical import settle
 from p2pasr.errors import RemoteError, TransportError
+from p2pasr.peers.streams import patience
 from p2pasr.protocol.audits import Drawing, Duty
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.messages import MAX_FINDINGS, Audit, Claim, Commitment, Finding, Signed, commit_to, seal, unseal
@@ -34,12 +37,16 @@ from p2pasr.verify.evidence import (
 )
 from p2pasr.verify.openings import prove_part
 from p2pasr.verify.record import RoundRecord, read_record
+from p2pasr.waits import ENDLESS, NotDone, Waits, seconds_of, within
 
 if TYPE_CHECKING:
     from p2pasr.member import Member
 
 OPEN_SECONDS: Final = 60.0
 """How long an opening, or one part of a delta, may take."""
+
+SHARE_OF_HEARING: Final = 0.25
+"""So much of the time that a step may wait is spent on proofs of others before it, at most."""
 
 MAX_ERROR: Final = 1e15
 """What stands for an infinite error in a record."""
@@ -75,10 +82,13 @@ def offer(member: Member) -> None:
 
 
 def _readers(member: Member, record: RoundRecord | None) -> list[str] | None:
-    """Who may have the delta of a round: those who were in it if it was made of private shards, or else everybody."""
+    """Who may have the delta of a round: those who were in it if it was made of private shards, or else everybody.
+
+    Where this peer has no record of the round, because it was merged without it, these are all of whom work was merged.
+    """
     if member.manifest.data.policy != "private":
         return None
-    return [] if record is None else [each.message.peer for each in record.members]
+    return sorted(member.state.credit) if record is None else [each.message.peer for each in record.members]
 
 
 def kept_traces(member: Member) -> dict[int, dict[str, Any]]:
@@ -111,7 +121,8 @@ def _drawn(member: Member, record: RoundRecord | None, claim: Signed[Claim]) -> 
 def check_last_round(member: Member) -> int:
     """Do what was drawn for this peer of the round before, once; returns how many segments were trained again."""
     offer(member)
-    hear(member)
+    seconds = seconds_of(member.manifest.rounds)
+    hear(member, SHARE_OF_HEARING * seconds)
     record = record_of(member, member.state.round - 1)
     if record is None or record.after != member.state.digest or member.checked == record.after:
         return 0
@@ -125,6 +136,7 @@ def check_last_round(member: Member) -> int:
         return 0
     findings: list[Finding] = []
     done = 0
+    waits = Waits(seconds)
     before = parse_state(member.store.get(record.before), member.manifest, member.like)
     for duty in segments:
         if _is_settled(member, duty.peer):
@@ -132,26 +144,39 @@ def check_last_round(member: Member) -> int:
         claim = next(each for each in record.members if each.digest == duty.statement)
         began = time.monotonic()
         if private:
-            findings.append(tell(member, check_on_probe(member, claim), "probe", began))
+            with excused(member, "delta", duty.peer):
+                findings.append(tell(member, check_on_probe(member, claim, waits), "probe", began))
             continue
         if not member.can_train(claim.message):  # it claimed in another tier than it was started with since
             continue
-        findings.append(tell(member, check_segment(member, before, claim, duty), "segment", began))
         done += 1
+        with excused(member, "segment", duty.peer):
+            findings.append(tell(member, check_segment(member, before, claim, duty, waits), "segment", began))
     for claim in links:
         if not _is_settled(member, claim.message.peer):
             began = time.monotonic()
-            findings.append(tell(member, check_link(member, before, claim), "link", began))
+            with excused(member, "link", claim.message.peer):
+                findings.append(tell(member, check_link(member, before, claim, waits), "link", began))
     for duty in parts:
         if not _is_settled(member, duty.peer):
             began = time.monotonic()
-            findings.append(tell(member, check_part_of(member, before, record, duty), "part", began))
+            with excused(member, "part", duty.peer):
+                findings.append(tell(member, check_part_of(member, before, record, duty, waits), "part", began))
     if findings:
         audit = Audit(member.state.run, member.peer, record.round, record.after, tuple(findings[:MAX_FINDINGS]))
         signed = seal(member.identity, audit)
         member.journal.note_audit(record.round, signed.pack())
         member.records.announce_audit(signed, member.cohort)
     return done
+
+
+@contextmanager
+def excused(member: Member, what: str, peer: str) -> Iterator[None]:
+    """The block of one check, which finds nothing where it is not done for a reason that is not its author's."""
+    try:
+        yield
+    except NotDone as error:
+        member.report.warn(f"a {what} of {short(peer)} is not checked: {error}")
 
 
 def _is_settled(member: Member, peer: str) -> bool:
@@ -189,25 +214,31 @@ def tell(member: Member, finding: Finding, what: str, began: float) -> Finding:
 # --- one check ------------------------------------------------------------------------------------
 
 
-def check_segment(member: Member, before: State, claim: Signed[Claim], duty: Duty) -> Finding:
+def check_segment(member: Member, before: State, claim: Signed[Claim], duty: Duty, waits: Waits) -> Finding:
     """Train one segment of a claim again, and see that its last checkpoint gives its delta.
 
     The order is blind: we commit to our result before the claimed one is opened to us.
 
     Args:
         before: the state that the claim starts from.
+
+    Raises:
+        NotDone: there was no time, or its shards are not to be had.
     """
     member.step("audit", f"round {claim.message.round}: training segment {duty.item + 1} of {short(duty.peer)} again")
     salt, result = os.urandom(32), NOTHING
     try:
-        start = open_checkpoint(member, claim, duty.item - 1, None) if duty.item > 0 else None
-        rerun = train_again(member, claim.message, duty.item, before, None if start is None else start.data)
-        result = blob_digest(rerun)
-        commitment = Commitment(member.state.run, member.peer, claim.digest, duty.item, commit_to(result, salt))
-        sealed = seal(member.identity, commitment).pack()
-        end = open_checkpoint(member, claim, duty.item, sealed)
-        last_index = claim.message.segments - 1
-        last = end if duty.item == last_index else open_checkpoint(member, claim, last_index, sealed)
+        with waits.turn(duty.peer, opening_seconds(member, 3)) as turn:
+            start = open_checkpoint(member, claim, duty.item - 1, None, turn.until) if duty.item > 0 else None
+            data = None if start is None else start.data
+            with turn.paused():
+                rerun = train_again(member, claim.message, duty.item, before, data, waits.deadline)
+            result = blob_digest(rerun)
+            commitment = Commitment(member.state.run, member.peer, claim.digest, duty.item, commit_to(result, salt))
+            sealed = seal(member.identity, commitment).pack()
+            end = last = open_checkpoint(member, claim, duty.item, sealed, turn.until)
+            if duty.item < claim.message.segments - 1:
+                last = open_checkpoint(member, claim, claim.message.segments - 1, sealed, turn.until)
     except (TransportError, RemoteError) as error:
         return unavailable(member, duty, error, result, salt)
     return conclude_segment(member, before, claim, duty, Opened(start, end, last), rerun, salt)
@@ -283,15 +314,19 @@ def check_opened(member: Member, before: State, claim: Signed[Claim], duty: Duty
     return conclude_segment(member, before, claim, duty, opened, rerun, NOTHING)
 
 
-def check_link(member: Member, before: State, claim: Signed[Claim]) -> Finding:
+def check_link(member: Member, before: State, claim: Signed[Claim], waits: Waits) -> Finding:
     """See that the last checkpoint of a claim, of which nothing is trained again, gives its delta.
 
     Args:
         before: the state that the claim starts from.
+
+    Raises:
+        NotDone: there was no time.
     """
     author, index = claim.message.peer, claim.message.segments - 1
     try:
-        last = open_checkpoint(member, claim, index, None)
+        with waits.turn(author, opening_seconds(member, 1)) as turn:
+            last = open_checkpoint(member, claim, index, None, turn.until)
     except (TransportError, RemoteError) as error:
         member.report.warn(f"the last checkpoint of {short(author)} could not be had: {error}")
         return Finding(author, claim.digest, index, "unavailable", 0.0, NOTHING, NOTHING)
@@ -321,6 +356,11 @@ def unavailable(
     return Finding(duty.peer, duty.statement, duty.item, "unavailable", 0.0, result, salt)
 
 
+def opening_seconds(member: Member, checkpoints: int) -> float:
+    """How long so many checkpoints of one claim may take over a slow link."""
+    return OPEN_SECONDS + patience(checkpoints * max_checkpoint_bytes(member.manifest))
+
+
 def open_checkpoint(
     member: Member, claim: Signed[Claim], index: int, commitment: bytes | None, until: float = inf
 ) -> Opening:
@@ -330,20 +370,29 @@ def open_checkpoint(
         TransportError: its author does not open it or nobody gives it.
         Reject: it does not lie under the claim's root.
     """
-    answer = member.link.call("open", OPEN_SECONDS, claim=claim.pack(), checkpoint=index, commitment=commitment)
+    seconds = within(OPEN_SECONDS, until)
+    answer = member.link.call("open", seconds, claim=claim.pack(), checkpoint=index, commitment=commitment)
     most = max_checkpoint_bytes(member.manifest)
     data = fetch(member, "checkpoint", answer["digest"], most, claim.message.peer, until)
     member.opened += len(data)
     return Opening(data, tuple(answer["proof"]))
 
 
-def check_on_probe(member: Member, claim: Signed[Claim]) -> Finding:
-    """See what the delta of a claim of private work does on the probe; keeps the proof if it is one."""
-    who, judge = claim.message.peer, judge_of(member)
+def check_on_probe(member: Member, claim: Signed[Claim], waits: Waits = ENDLESS) -> Finding:
+    """See what the delta of a claim of private work does on the probe; keeps the proof if it is one.
+
+    Raises:
+        NotDone: there was no time.
+    """
+    who, judge = claim.message.peer, judge_of(member, waits.deadline)
     member.step("audit", f"round {claim.message.round}: measuring the delta of {short(who)} on the probe")
     try:
-        proof = ProbeProof(claim, member.store.get(claim.message.state), open_delta(member, claim))
-        measured = proof.measure(judge)
+        layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
+        with waits.turn(who, OPEN_SECONDS + patience(layout.total_bytes)) as turn:
+            delta = open_delta(member, claim, turn.until)
+            proof = ProbeProof(claim, member.store.get(claim.message.state), delta)
+            with turn.paused():
+                measured = proof.measure(judge)
     except (TransportError, RemoteError) as error:
         member.report.warn(f"the delta of {short(who)} could not be measured on the probe: {error}")
         return Finding(who, claim.digest, 0, "unavailable", 0.0, NOTHING, NOTHING)
@@ -353,34 +402,40 @@ def check_on_probe(member: Member, claim: Signed[Claim]) -> Finding:
     return Finding(who, claim.digest, 0, measured.finding, rise, NOTHING, NOTHING)
 
 
-def open_delta(member: Member, claim: Signed[Claim]) -> bytes:
+def open_delta(member: Member, claim: Signed[Claim], until: float = inf) -> bytes:
     """The whole encoded delta of a claim, part by part.
+
+    Args:
+        until: when waiting for it ends at the latest, as `time.monotonic` counts.
 
     Raises:
         TransportError: its author does not give it.
         Reject: a part does not lie under the claim's root.
     """
     layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
-    return b"".join(open_part(member, claim, index)[0] for index in range(layout.parts))
+    return b"".join(open_part(member, claim, index, until)[0] for index in range(layout.parts))
 
 
-def open_part(member: Member, claim: Signed[Claim], index: int) -> tuple[bytes, tuple[bytes, ...]]:
+def open_part(member: Member, claim: Signed[Claim], index: int, until: float = inf) -> tuple[bytes, tuple[bytes, ...]]:
     """One encoded part of a claim's delta, with its way to the claim's root.
 
     Raises:
         TransportError: its author does not give it.
         Reject: it does not lie under the claim's root.
     """
-    answer = member.link.call("part", OPEN_SECONDS, claim=claim.pack(), index=index)
+    answer = member.link.call("part", within(OPEN_SECONDS, until), claim=claim.pack(), index=index)
     member.opened_parts += len(answer["data"])
     return answer["data"], tuple(answer["proof"])
 
 
-def check_part_of(member: Member, before: State, record: RoundRecord, duty: Duty) -> Finding:
+def check_part_of(member: Member, before: State, record: RoundRecord, duty: Duty, waits: Waits = ENDLESS) -> Finding:
     """Reduce one part of a reducer's share again, bit for bit, from what its senders committed to.
 
     Args:
         before: the state that the round starts from.
+
+    Raises:
+        NotDone: there was no time.
     """
     receipt = next(each for each in record.receipts if each.digest == duty.statement)
     stated = next(part for part in receipt.message.parts if part.index == duty.item)
@@ -391,7 +446,8 @@ def check_part_of(member: Member, before: State, record: RoundRecord, duty: Duty
             if claim.message.peer == member.peer:
                 parts[position] = _own_part(member, record.round, claim.message, duty.item)
             else:
-                parts[position] = open_part(member, claim, duty.item)
+                with waits.turn(claim.message.peer, OPEN_SECONDS) as turn:
+                    parts[position] = open_part(member, claim, duty.item, turn.until)
         except (TransportError, RemoteError) as error:
             member.report.warn(f"part {duty.item} of {short(claim.message.peer)} could not be had: {error}")
             return Finding(claim.message.peer, claim.digest, duty.item, "unavailable", 0.0, NOTHING, NOTHING)

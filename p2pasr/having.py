@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from p2pasr.errors import TransportError
 from p2pasr.peers.blobs import file_digest
+from p2pasr.waits import within
 
 if TYPE_CHECKING:
     from p2pasr.member import Member
@@ -16,14 +18,19 @@ SHARD_SECONDS: Final = 600.0
 """How long one shard may take."""
 
 
-def fetch_shards(member: Member, shards: Sequence[bytes]) -> None:
-    """Get the shards that are not here, and offer them to others from then on."""
+def fetch_shards(member: Member, shards: Sequence[bytes], until: float = inf) -> None:
+    """Get the shards that are not here, and offer them to others from then on.
+
+    Args:
+        until: when waiting for them ends at the latest, as `time.monotonic` counts.
+    """
     sizes = {ref.digest: ref.bytes for ref in member.manifest.shards}
     missing = [shard for shard in shards if not is_whole(member, shard)]
     for done, shard in enumerate(missing):
         member.report.progress("fetching shards", done, len(missing))
         size = sizes[shard.hex()]
-        member.link.call("fetch", SHARD_SECONDS, digest=shard, kind="shard", max_bytes=size, peers=())
+        seconds = within(SHARD_SECONDS, until)
+        member.link.call("fetch", seconds, digest=shard, kind="shard", max_bytes=size, peers=())
     if missing:
         member.report.progress("fetching shards", len(missing), len(missing))
         provide(member)

@@ -66,6 +66,7 @@ class Member:
         asked: digest of the state of whose round it has asked again for what others could not have.
         heard: digests of the proofs that it has looked at.
         distrusted: peers that accused somebody without proof.
+        put_off: those that did not give a proof in time: how often, and the round from which they are heard again.
         model: a local folder to load a pretrained base from, in place of the one that the manifest names.
         settles: whether segments in the grey zone are trained again in the canonical class; not when one took too long.
         opened: bytes of others' checkpoints that it was given to check, since it started.
@@ -105,6 +106,7 @@ class Member:
     asked: bytes = b""
     heard: set[bytes] = field(default_factory=set)
     distrusted: set[str] = field(default_factory=set)
+    put_off: dict[str, tuple[int, int]] = field(default_factory=dict)
     settles: bool = True
     opened: int = 0
     opened_parts: int = 0

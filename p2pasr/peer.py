@@ -33,12 +33,13 @@ from p2pasr.private import PrivateShards, check_use, open_private, within
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.state import State, parse_state
 from p2pasr.report import Report
-from p2pasr.round import check_not_banned, run_round
+from p2pasr.round import check_not_banned, check_the_end, run_round
 from p2pasr.runs import build_task, default_home, initial_state, read_run, run_folder
 from p2pasr.speech.prepare import read_index
 from p2pasr.speech.pretrained import quiet_libraries
 from p2pasr.tasks import Task
 from p2pasr.tickets import make_ticket
+from p2pasr.waits import seconds_of
 
 LINK_SECONDS: Final = 120.0
 """How long a peer waits for its network process to come back before it says so again."""
@@ -268,9 +269,10 @@ class Peer:
         check_not_banned(member)  # the last state may be the one that says so
 
     def run(self) -> None:
-        """Take part until the run or our share of it ends, then stay a little for those who are behind."""
+        """Take part until the run or our share of it ends, check the last round, and stay for those who are behind."""
         for _ in self.rounds():
             pass
+        check_the_end(self.member)
         self._linger()
         self.report.emit(
             "done",
@@ -283,17 +285,25 @@ class Peer:
         return self.member.state.round >= self.member.manifest.rounds.rounds
 
     def _linger(self) -> None:
-        """Wait until everybody who is here attests our state or a later one."""
-        member = self.member
-        deadline = time.monotonic() + LINGER_SECONDS
+        """Wait until everybody who is here attests our state or a later one, and has checked the run's last round."""
+        member, number = self.member, self.member.state.round
+        began = time.monotonic()
         with contextlib.suppress(P2pasrError):
-            while time.monotonic() < deadline:
+            if self._over():
+                member.say("waiting")  # in a round that does not come: this peer has checked what it had to
+            while True:
                 seen = member.records.attestations(member.view, member.cohort)
                 attested = {peer: signed.message.round for peer, signed in seen.items()}
-                behind = [p for p in member.records.roster(member.cohort) if attested.get(p, 0) < member.state.round]
-                if not behind:
+                roster = member.records.roster(member.cohort)
+                behind = [peer for peer in roster if attested.get(peer, 0) < number]
+                checking = [peer for peer in roster if self._over() and roster[peer].round < number]
+                waited = time.monotonic() - began
+                if behind and waited < LINGER_SECONDS:
+                    self.report.wait(f"staying for {len(behind)} peers that do not hold round {number} yet")
+                elif checking and not member.fresh and waited < seconds_of(member.manifest.rounds):
+                    self.report.wait(f"staying for {len(checking)} peers that may check what this one claimed")
+                else:
                     break
-                self.report.wait(f"staying for {len(behind)} peers that do not hold round {member.state.round} yet")
                 time.sleep(1.0)
             member.say("leaving")
 

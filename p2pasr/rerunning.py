@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +19,7 @@ from p2pasr.protocol.state import State, max_state_bytes
 from p2pasr.protocol.tensors import Tensors, forms
 from p2pasr.tasks.base import Checkpoint, OnStep, SegmentPlan, Task
 from p2pasr.verify.evidence import MAX_PROOF_BYTES, Judge
+from p2pasr.waits import within
 
 if TYPE_CHECKING:
     from p2pasr.member import Member
@@ -28,12 +28,15 @@ BLOB_SECONDS: Final = 600.0
 """How long a checkpoint or a proof may take."""
 
 
-def train_again(member: Member, claim: Claim, segment: int, before: State, start: bytes | None) -> bytes:
+def train_again(
+    member: Member, claim: Claim, segment: int, before: State, start: bytes | None, until: float = inf
+) -> bytes:
     """One segment of a claim, trained here.
 
     Args:
         before: the state that the claim starts from.
         start: the packed checkpoint before it; None for the first.
+        until: when waiting for its shards ends at the latest, as `time.monotonic` counts.
 
     Returns:
         The packed checkpoint at its end.
@@ -43,7 +46,7 @@ def train_again(member: Member, claim: Claim, segment: int, before: State, start
     """
     if not member.can_train(claim):
         raise LocalError(f"the shards of {short(claim.peer)} have clips of more than {member.tier} s")
-    fetch_shards(member, claim.shards)
+    fetch_shards(member, claim.shards, until)
     paths = [shard_path(member, shard) for shard in claim.shards]
     return train_segment(member.task, member.manifest, claim, segment, before, start, paths, None)
 
@@ -81,30 +84,36 @@ def train_segment(
     return end.pack()
 
 
-def judge_of(member: Member) -> Judge:
-    """What this peer checks proofs with."""
+def judge_of(member: Member, until: float = inf) -> Judge:
+    """What this peer checks proofs with.
+
+    Args:
+        until: when waiting for shards ends at the latest, as `time.monotonic` counts.
+    """
 
     def rerun(claim: Claim, segment: int, before: State, start: bytes | None) -> bytes:
-        return train_again(member, claim, segment, before, start)
+        return train_again(member, claim, segment, before, start, until)
 
-    return Judge(member.manifest, member.like, rerun, lambda params: probe_loss(member, params))
+    return Judge(member.manifest, member.like, rerun, lambda params: probe_loss(member, params, until))
 
 
-def probe_loss(member: Member, params: Tensors) -> float:
+def probe_loss(member: Member, params: Tensors, until: float = inf) -> float:
     """The task's loss of parameters on the run's probe.
+
+    Args:
+        until: when waiting for the probe's shards ends at the latest, as `time.monotonic` counts.
 
     Raises:
         LocalError: the task has none.
     """
     shards = [bytes.fromhex(shard.digest) for shard in member.manifest.shards]
-    fetch_shards(member, shards)
+    fetch_shards(member, shards, until)
     return require_probed(member.task).probe_loss(params, [shard_path(member, shard) for shard in shards])
 
 
 def fetch(member: Member, kind: Kind, digest: bytes, most: int, peer: str, until: float = inf) -> bytes:
     """A blob, from a peer that is said to have it."""
-    seconds = min(BLOB_SECONDS, max(1.0, until - time.monotonic()))
-    member.link.call("fetch", seconds, digest=digest, kind=kind, max_bytes=most, peers=[peer])
+    member.link.call("fetch", within(BLOB_SECONDS, until), digest=digest, kind=kind, max_bytes=most, peers=[peer])
     return member.store.get(digest)
 
 

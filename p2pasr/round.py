@@ -39,7 +39,7 @@ from p2pasr.averaging.codec import Decoded, Flat, Layout
 from p2pasr.averaging.merkle import Tree
 from p2pasr.cohort_mix import mix_cohorts, settle_mix
 from p2pasr.deltas import check_moves, largest_values, write_delta, write_private_delta
-from p2pasr.errors import LocalError, NonFiniteStep, Reject, RemoteError, RoundFailed, TransportError
+from p2pasr.errors import LocalError, NonFiniteStep, P2pasrError, Reject, RemoteError, RoundFailed, TransportError
 from p2pasr.excision import agreed_undos, taken_out, undos_of
 from p2pasr.having import fetch_shards, shard_path
 from p2pasr.member import Averaged, Member, Merged, Mixed, Result, Work
@@ -84,6 +84,12 @@ VOTE_ROUNDS: Final = 2
 """In how many rounds a peer names another for a strike: not all see in the same one what it did."""
 
 STATUS_SECONDS: Final = 20.0
+
+SHARE_OF_GRACE: Final = 0.5
+"""So much of `grace_seconds` is spent on proofs of others before a claim, which must be there when they are over."""
+
+LEAST_HEARING_SECONDS: Final = 5.0
+"""What that may take in runs with a short grace."""
 
 
 def run_round(member: Member) -> bool:
@@ -374,7 +380,7 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
     if (private := member.private) is not None:  # losses would tell how well the model hears these people
         names, said = conceal(shards, member.state.digest, private.secret), (0.0, 0.0)
         seconds = counted_seconds([private.seconds[shard] for shard in shards], member.manifest)
-    hear(member)
+    hear(member, hearing_seconds(member))
     against = accused(member)
     claim = seal(
         member.identity,
@@ -405,6 +411,11 @@ def commit(member: Member, shards: tuple[bytes, ...], end: Checkpoint, trace: Tr
     member.journal.pend(Pending(member.state.round, member.state.digest, claim.pack(), work.delta, work.checkpoints))
     publish_claim(member, work)
     return work
+
+
+def hearing_seconds(member: Member) -> float:
+    """How long proofs of others are waited for before a claim."""
+    return max(LEAST_HEARING_SECONDS, SHARE_OF_GRACE * member.manifest.rounds.grace_seconds)
 
 
 def accused(member: Member) -> tuple[str, ...]:
@@ -640,3 +651,12 @@ def settle(member: Member, result: Averaged) -> None:
         bytes_opened_parts=member.opened_parts,
         **member.traffic,
     )
+
+
+def check_the_end(member: Member) -> None:
+    """Check the last round that this peer was in: whoever cheated in it is proved to, although no round bans it."""
+    try:
+        check_last_round(member)
+        hear(member, hearing_seconds(member))
+    except P2pasrError as error:  # what was merged stands all the same
+        member.report.warn(f"not all of the last round is checked: {error}")

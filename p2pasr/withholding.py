@@ -14,13 +14,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from p2pasr.accusing import note_strike
-from p2pasr.auditing import check_on_probe, check_opened, check_part_of, open_part, open_segment, record_of, tell
+from p2pasr.auditing import (
+    OPEN_SECONDS,
+    check_on_probe,
+    check_opened,
+    check_part_of,
+    excused,
+    open_part,
+    open_segment,
+    opening_seconds,
+    record_of,
+    tell,
+)
 from p2pasr.errors import RemoteError, TransportError
 from p2pasr.protocol.audits import Drawing, Duty
 from p2pasr.protocol.messages import Claim, Signed
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, parse_state
 from p2pasr.verify.record import RoundRecord
+from p2pasr.waits import Waits, seconds_of
 
 if TYPE_CHECKING:
     from p2pasr.member import Member
@@ -29,9 +41,6 @@ RETRY_SECONDS: Final = 20.0
 """How long those are asked again that have not finished the round before: they open everything when they have."""
 
 PAUSE_SECONDS: Final = 1.0
-
-SHARE_OF_ROUND: Final = 0.5
-"""So much of a round's `max_seconds` is spent on asking at most."""
 
 SECOND_AUDITORS: Final = 2
 """How many peers, on average, train again what was opened late."""
@@ -66,20 +75,21 @@ def ask_again(member: Member) -> int:
     if record is None or member.asked == record.after or member.manifest.verify.strikes == 0:
         return 0
     member.asked = record.after
-    deadline = time.monotonic() + SHARE_OF_ROUND * member.manifest.rounds.max_seconds
-    retries_end = min(time.monotonic() + RETRY_SECONDS, deadline)
+    waits = Waits(seconds_of(member.manifest.rounds))
+    retries_end = time.monotonic() + RETRY_SECONDS
     withheld: set[str] = set()
     done = 0
     for doubt in find_doubts(member, record):
         who = doubt.claim.message.peer
         if who == member.peer:
             member.report.warn(_own_warning(member, doubt))
-        elif who not in withheld | member.proved | member.out and time.monotonic() < deadline:
-            trained = _try(member, record, doubt, retries_end, deadline)
-            if trained is None:
-                withheld.add(who)
-            else:
-                done += trained
+        elif who not in withheld | member.proved | member.out:
+            with excused(member, "claim", who):
+                trained = _try(member, record, doubt, retries_end, waits)
+                if trained is None:
+                    withheld.add(who)
+                else:
+                    done += trained
     for peer in sorted(withheld):
         member.report.warn(f"{short(peer)} keeps from this peer what it claimed in round {record.round}")
         note_strike(member, peer)
@@ -134,19 +144,28 @@ def _drawn(
             yield Doubt(claim, duty, auditor, item)
 
 
-def _try(member: Member, record: RoundRecord, doubt: Doubt, retries_end: float, deadline: float) -> int | None:
-    """Have what is missing, and check it if it falls to us; returns the segments trained, None if it is withheld."""
+def _try(member: Member, record: RoundRecord, doubt: Doubt, retries_end: float, waits: Waits) -> int | None:
+    """Have what is missing, and check it if it falls to us.
+
+    Returns:
+        The segments trained; None if it is withheld.
+
+    Raises:
+        NotDone: there was no time.
+    """
     claim, duty, began = doubt.claim, doubt.duty, time.monotonic()
     member.step("audit", f"round {record.round}: asking {short(claim.message.peer)} for what was not to be had before")
     if doubt.index is None and member.manifest.data.policy == "private":
-        found = tell(member, check_on_probe(member, claim), "probe", began)
+        found = tell(member, check_on_probe(member, claim, waits), "probe", began)
         return None if found.finding == "unavailable" else 0
     while True:
         try:
             if doubt.index is None:
-                opened = open_segment(member, claim, duty.item, deadline)
+                with waits.turn(duty.peer, opening_seconds(member, 3)) as turn:
+                    opened = open_segment(member, claim, duty.item, turn.until)
             else:
-                open_part(member, claim, doubt.index)
+                with waits.turn(claim.message.peer, OPEN_SECONDS) as turn:
+                    open_part(member, claim, doubt.index, turn.until)
             break
         except (TransportError, RemoteError):
             if time.monotonic() + PAUSE_SECONDS > retries_end or not _is_behind(member, claim.message.peer):
@@ -160,7 +179,7 @@ def _try(member: Member, record: RoundRecord, doubt: Doubt, retries_end: float, 
         return 0
     before = parse_state(member.store.get(claim.message.state), member.manifest, member.like)
     if doubt.index is not None:
-        tell(member, check_part_of(member, before, record, duty), "part", began)
+        tell(member, check_part_of(member, before, record, duty, waits), "part", began)
         return 0
     tell(member, check_opened(member, before, claim, duty, opened), "segment", began)
     return 1

@@ -23,6 +23,7 @@ from p2pasr.averaging import rules
 from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.rules import weights
 from p2pasr.errors import Ignore, LocalError, P2pasrError, Reject, TransportError
+from p2pasr.peer import Peer
 from p2pasr.protocol.admission import work
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.protocol.messages import NO_UNDO, Accusation, Audit, Charge, Finding, Invite, Ticket, seal
@@ -903,3 +904,36 @@ def test_half_precision_lies_where_nobody_can_tell(arena: MakeArena) -> None:
     swarm = arena({CHEAT: trains(adversary.half_precision)})
     swarm.play(6)
     assert swarm.banned == set()
+
+
+# --- the end ----------------------------------------------------------------------------------------------
+
+
+def test_a_cheat_in_the_last_round_is_proved_although_nobody_can_ban_it(
+    arena: MakeArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = arena({CHEAT: scaled(-10)}, rounds={"rounds": 1})
+    swarm.play(1)
+    assert swarm.proofs() == []
+    monkeypatch.setattr(Peer, "_linger", lambda _self: None)
+    for player in swarm.players[1:]:
+        peer = Peer(swarm.manifest, report=player.member.report)
+        peer.member = player.member
+        peer.run()
+    assert swarm.banned == set()
+    check_proofs(swarm, {CHEAT})
+
+
+def test_a_peer_leaves_without_a_check_where_it_cannot_be_made(
+    arena: MakeArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(*_: Any, **__: Any) -> None:
+        raise TransportError("the network process is being restarted")
+
+    swarm = arena()
+    swarm.play(1)
+    player = swarm.players[0]
+    monkeypatch.setattr(player.member.link, "call", call)
+    story.check_the_end(player.member)
+    (warned,) = player.member.report.seen("warning")
+    assert warned["message"] == "not all of the last round is checked: the network process is being restarted"

@@ -229,6 +229,24 @@ def test_a_delta_is_given_to_those_who_were_in_its_round_only(arena: MakeArena) 
         stranger.member.link.call("part", 1.0, claim=claim, index=0)
 
 
+def test_a_peer_without_a_record_of_its_round_gives_its_delta_to_those_with_credit_and_is_not_struck(
+    arena: MakeArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = arena()
+    late = swarm.players[0].member
+    monkeypatch.setattr(late.journal, "read_record", lambda _number: None)
+    monkeypatch.setattr(openings, "OFFER_SECONDS", 0.02)
+    swarm.play(1)
+    claim = swarm.players[0].work.claim.pack()
+    (stranger,) = swarm.arrive(1)
+    with pytest.raises(TransportError, match="to those who were in its round only"):
+        stranger.member.link.call("part", 1.0, claim=claim, index=0)
+    swarm.players.remove(stranger)
+    swarm.play(4)
+    assert {event["finding"] for event in probes(swarm) if event["peer"] == late.peer} == {"close"}
+    assert (swarm.strikes, swarm.banned) == ({}, set())
+
+
 def test_a_peer_that_gives_no_parts_cannot_be_measured_and_is_not_convicted(
     arena: MakeArena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
