@@ -237,8 +237,7 @@ def ready_to_train(member: Member) -> bool:
         here = member.in_our_round(roster)
         training = [r for r in here.values() if r.stage != "waiting"]
         begun = [r for r in training if r.segments > 0 or r.stage == "claimed"]
-        pending = member.journal.pending()
-        resuming = pending is not None and (pending.round, pending.state) == (member.state.round, member.state.digest)
+        resuming = member.journal.claimed(member.state.round, member.state.digest) is not None
         late = member.fresh and len(training) >= rounds.min_peers and bool(begun) and not resuming
         missing = rounds.min_peers - 1 - len(here)
         ahead = [r.round for r in roster.values() if r.round > member.state.round]
@@ -425,9 +424,9 @@ def struck(member: Member) -> tuple[str, ...]:
 
 
 def resume(member: Member) -> Work | None:
-    """The claim that this peer already made for this round, if it was killed or failed after making it."""
-    pending = member.journal.pending()
-    if pending is None or (pending.round, pending.state) != (member.state.round, member.state.digest):
+    """The claim that this peer made from this state before it was killed, or failed, or followed others for a while."""
+    pending = member.journal.claimed(member.state.round, member.state.digest)
+    if pending is None:
         return None
     if member.store.find(pending.delta) is None:
         raise LocalError(
