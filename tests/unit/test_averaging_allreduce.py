@@ -256,7 +256,8 @@ def test_centered_clip_starts_from_the_references_part_and_fills_buckets_by_lot(
 
 
 def gathered(claim: Signed[Claim], /, **changes: Any) -> bytes:
-    return pack({"claim": claim.pack(), "reduces": True, "rates": {}, "failed": (), **changes})
+    nothing: dict[str, Any] = {"rates": {}, "failed": (), "nonce": bytes(16)}
+    return pack({"claim": claim.pack(), "reduces": True, **nothing, **changes})
 
 
 def group_of(members: Members, reduces: tuple[bool, ...] | None = None) -> Group:
@@ -354,6 +355,9 @@ def test_what_a_stranger_brings_is_a_claim_of_its_own_or_refused() -> None:
         gathered(claim, rates={"someone": 1 << 41}),
         gathered(claim, failed="all"),
         gathered(claim, failed=(1,)),
+        gathered(claim, nonce=b""),
+        gathered(claim, nonce=bytes(17)),
+        gathered(claim, nonce="text"),
         gathered(claim, reduces=1),
         gathered(claim, reduces=None),
         gathered(claim, claim=None),
@@ -948,6 +952,12 @@ def test_a_group_told_in_two_ways_has_two_names() -> None:
     group = group_of(members)
     other = dataclasses.replace(group, peers=group.peers[:2], gathered=group.gathered[:2])
     assert group_id(group) != group_id(other)
+
+
+def test_what_a_peer_brings_a_second_time_gives_its_group_another_name() -> None:
+    claim = members_of(1).claims[0]
+    again = [Group(GROUP, (claim.message.peer,), (Brought(claim, True).pack(),)) for _ in range(2)]
+    assert len(set(map(group_id, again))) == 2
 
 
 def test_a_shunned_peer_is_not_averaged_with() -> None:
