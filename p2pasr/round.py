@@ -27,6 +27,8 @@ from p2pasr.agreeing import (
     attestations_around,
     attesters,
     between_looks,
+    claims_shown,
+    compare_claims,
     hold,
     overtaken,
     publish_attestation,
@@ -461,7 +463,7 @@ def wait_for_claims(member: Member) -> set[str] | None:
     while True:
         roster = member.records.roster(member.cohort)
         here = member.in_our_round(roster)
-        claims = set(member.records.claims(member.view)) - member.shunned
+        claims = set(claims_shown(member)) - member.shunned
         ready = (claims & set(here)) | {member.peer}
         awaited = here.keys() - claims - member.shunned - member.proved
         training = {p: r for p, r in here.items() if r.stage != "waiting" and p in awaited}
@@ -546,6 +548,7 @@ def apply(member: Member, work: Work, merged: Merged, expected: set[str]) -> Ave
         TransportError: nobody gives that undo.
     """
     member.step("apply", f"round {member.state.round}: applying the average of {len(merged.members)} peers")
+    compare_claims(member, merged.members)
     layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
     delta = Decoded(member.store.get(merged.average), layout, member.like)
     section = member.manifest.averaging
