@@ -14,7 +14,7 @@ from p2pasr.member import Averaged, Member, Result
 from p2pasr.peers import sync as syncing
 from p2pasr.protocol.agreement import Agreement, quorum, result_of
 from p2pasr.protocol.cohorts import MAX_BITS, Cohort, cohort_of
-from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Attestation, Mix, Receipt, Signed, seal, unseal
+from p2pasr.protocol.messages import MAX_RECEIPT_BYTES, Attestation, Claim, Mix, Receipt, Signed, seal, unseal
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, mix_due
 from p2pasr.verify.conflict import Conflict, contradict
@@ -134,7 +134,7 @@ def electorate(member: Member, votes: Sequence[Attestation]) -> set[str]:
 def takers(member: Member) -> set[str]:
     """Who takes part in the round for all to see: those that claimed in it, or stated their part in its mix."""
     if not mix_due(member.state, member.manifest):
-        return set(member.records.claims(member.view))
+        return set(claims_shown(member))
     mixes = mixes_in(member, member.cohort)
     return {mix.peer for mix in mixes if mix.state == member.state.digest}
 
@@ -150,6 +150,7 @@ def hold(member: Member, state: State) -> None:
     member.unsettled = None
     member.closes_at = 0.0
     member.shunned.clear()
+    member.shown = {}
     kept = sorted(member.journal.held().items())[-member.manifest.retention.state_rounds :]
     member.store.retain("state", {digest for _, digest in kept} | {state.common})
 
@@ -239,6 +240,26 @@ def rivals(member: Member, result: Result, seen: dict[str, Signed[Attestation]])
     if others <= result.electorate:
         return others
     return others & (result.electorate | takers(member))
+
+
+def claims_shown(member: Member) -> dict[str, Signed[Claim]]:
+    """The claims of the round that others show in the directory now, compared with those that they showed before."""
+    claims = member.records.claims(member.view)
+    compare_claims(member, claims.values())
+    member.shown = claims
+    return claims
+
+
+def compare_claims(member: Member, claims: Iterable[Signed[Claim]]) -> None:
+    """See whether the authors of these claims showed others in the directory, and keep the proofs.
+
+    The round goes on with them: not all members have seen both claims, and they are banned with the next.
+    """
+    for claim in claims:
+        shown = member.shown.get(claim.message.peer)
+        if shown is not None and shown.message.peer not in member.proved and contradict(shown, claim):
+            conflict = Conflict(shown, claim)
+            convict(member, ConflictProof(conflict), str(conflict))
 
 
 def compare_receipts(member: Member, result: Averaged) -> None:

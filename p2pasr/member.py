@@ -59,6 +59,7 @@ class Member:
         grouped: whether the averaging under way has found its group.
         proved: peers that this one has seen proved to cheat.
         shunned: those that gave members of this round different results; it is averaged without them.
+        shown: the claims that others showed in the directory when this peer last looked.
         charges: where the proofs that this peer holds can be had, by the accused.
         strikes: peers that it names for a strike, and the round in which it saw why.
         undos: how often this peer computed what takes another's work out again.
@@ -99,6 +100,7 @@ class Member:
     grouped: bool = False
     proved: set[str] = field(default_factory=set)
     shunned: set[str] = field(default_factory=set)
+    shown: dict[str, Signed[Claim]] = field(default_factory=dict)
     charges: dict[str, Charge] = field(default_factory=dict)
     strikes: dict[str, int] = field(default_factory=dict)
     undos: Counter[str] = field(default_factory=Counter)

@@ -27,6 +27,8 @@ from p2pasr.agreeing import (
     attestations_around,
     attesters,
     between_looks,
+    claims_shown,
+    compare_claims,
     hold,
     overtaken,
     publish_attestation,
@@ -244,8 +246,7 @@ def ready_to_train(member: Member) -> bool:
         here = member.in_our_round(roster)
         training = [r for r in here.values() if r.stage != "waiting"]
         begun = [r for r in training if r.segments > 0 or r.stage == "claimed"]
-        pending = member.journal.pending()
-        resuming = pending is not None and (pending.round, pending.state) == (member.state.round, member.state.digest)
+        resuming = member.journal.claimed(member.state.round, member.state.digest) is not None
         late = member.fresh and len(training) >= rounds.min_peers and bool(begun) and not resuming
         missing = rounds.min_peers - 1 - len(here)
         ahead = [r.round for r in roster.values() if r.round > member.state.round]
@@ -437,9 +438,9 @@ def struck(member: Member) -> tuple[str, ...]:
 
 
 def resume(member: Member) -> Work | None:
-    """The claim that this peer already made for this round, if it was killed or failed after making it."""
-    pending = member.journal.pending()
-    if pending is None or (pending.round, pending.state) != (member.state.round, member.state.digest):
+    """The claim that this peer made from this state before it was killed, or failed, or followed others for a while."""
+    pending = member.journal.claimed(member.state.round, member.state.digest)
+    if pending is None:
         return None
     if member.store.find(pending.delta) is None:
         raise LocalError(
@@ -474,7 +475,7 @@ def wait_for_claims(member: Member) -> set[str] | None:
     while True:
         roster = member.records.roster(member.cohort)
         here = member.in_our_round(roster)
-        claims = set(member.records.claims(member.view)) - member.shunned
+        claims = set(claims_shown(member)) - member.shunned
         ready = (claims & set(here)) | {member.peer}
         awaited = here.keys() - claims - member.shunned - member.proved
         training = {p: r for p, r in here.items() if r.stage != "waiting" and p in awaited}
@@ -559,6 +560,7 @@ def apply(member: Member, work: Work, merged: Merged, expected: set[str]) -> Ave
         TransportError: nobody gives that undo.
     """
     member.step("apply", f"round {member.state.round}: applying the average of {len(merged.members)} peers")
+    compare_claims(member, merged.members)
     layout = Layout.of(member.manifest.parameters, member.manifest.averaging)
     delta = Decoded(member.store.get(merged.average), layout, member.like)
     section = member.manifest.averaging

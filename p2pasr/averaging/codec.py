@@ -28,11 +28,17 @@ INT8_LIMIT: Final = np.float32(127)
 INT4_LIMIT: Final = np.float32(7)
 FLOAT16_LIMIT: Final = np.float32(65_504)
 FLOAT32_LIMIT: Final = float(np.finfo(np.float32).max)
+LARGEST: Final = np.float32(2.0**32)
+"""No value is encoded as a larger one. Sums, differences and squares of such values are far from what float32 holds, so
+that every rule has a result and every outer optimizer a step, whatever the members of a group send."""
+
+CEILING: Final = float(2 * LARGEST)
+"""No larger value is decoded; the rounding of scales cannot lead so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """One of the wire formats.
+    """One of the wire formats. Values beyond ±:data:`LARGEST`, or float16's largest, are encoded as that.
 
     ========  =====================================================  ====================
     name      encoding of a part of n values                         bytes
@@ -69,6 +75,7 @@ class Codec:
         """
         if not np.isfinite(part).all():
             raise ValueError("a delta with values that are not finite has no encoding")
+        part = np.clip(part, -LARGEST, LARGEST)
         if self.name == "float32":
             return bytes(part.astype("<f4").tobytes())
         if self.name == "float16":
@@ -94,7 +101,7 @@ class Codec:
         """Decode a part; the same bytes give the same bits on every machine.
 
         Raises:
-            Reject: the length does not fit, or a value or scale is not finite.
+            Reject: the length does not fit, or a value is not finite or beyond ±:data:`CEILING`.
         """
         if len(data) != self.encoded_bytes(values):
             raise Reject(f"a part of {values} values has {self.encoded_bytes(values)} bytes, not {len(data)}")
@@ -104,8 +111,8 @@ class Codec:
             part = np.frombuffer(data, dtype="<f2").astype(np.float32)
         else:
             part = self._decode_blocks(data, values)
-        if not np.isfinite(part).all():
-            raise Reject("a part holds values that are not finite")
+        if not (np.abs(part) <= CEILING).all():
+            raise Reject(f"a part holds values that are not finite or beyond ±{CEILING:.1e}")
         return part
 
     def _decode_blocks(self, data: bytes | memoryview, values: int) -> Vector:
@@ -190,7 +197,7 @@ class Layout:
         """The delta that encoded bytes stand for.
 
         Raises:
-            Reject: the length does not fit, or a value is not finite.
+            Reject: the length does not fit, or a value is none that may be sent, see :meth:`Codec.decode`.
         """
         parts = self.cut(data)
         return np.concatenate([self.codec.decode(part, self.part_size(i)) for i, part in enumerate(parts)])
@@ -258,7 +265,7 @@ class Decoded(Mapping[str, npt.NDArray[np.float32]]):
 
         Raises:
             KeyError: there is none of that name.
-            Reject: a value in the parts that hold it is not finite.
+            Reject: a value in the parts that hold it is none that may be sent, see :meth:`Codec.decode`.
         """
         start, shape = self._starts[name], self._shapes[name]
         out = np.empty(prod(shape), dtype=np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -21,6 +22,8 @@ from p2pasr.protocol.signing import short
 MAX_RATE: Final = 1 << 40
 """Bytes per second; nobody sends faster."""
 
+NONCE_BYTES: Final = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Brought:
@@ -31,12 +34,15 @@ class Brought:
         reduces: whether others can reach it, so that it can reduce.
         rates: bytes per second that it received from others in earlier rounds.
         failed: peers that reduced nothing for it in this round.
+        nonce: random bytes, so that no group of this peer has the name of an earlier one: a leader that could make it
+            reduce twice under one name would have two receipts of it, which are proof against whoever signs them.
     """
 
     claim: Signed[Claim]
     reduces: bool
     rates: Mapping[str, int] = field(default_factory=dict)
     failed: tuple[str, ...] = ()
+    nonce: bytes = field(default_factory=lambda: secrets.token_bytes(NONCE_BYTES), compare=False)
 
     def pack(self) -> bytes:
         """The bytes that travel through matchmaking."""
@@ -46,6 +52,7 @@ class Brought:
                 "reduces": self.reduces,
                 "rates": dict(self.rates),
                 "failed": self.failed,
+                "nonce": self.nonce,
             }
         )
 
@@ -107,14 +114,17 @@ def check_gathered(peer: str, gathered: bytes, view: RoundView, shunned: Collect
     if peer in shunned:
         raise Reject(f"{short(peer)} is proved to cheat")
     content = unpack(gathered, MAX_GATHER_BYTES)
-    if not isinstance(content, dict) or content.keys() != {"claim", "reduces", "rates", "failed"}:
+    if not isinstance(content, dict) or content.keys() != {"claim", "reduces", "rates", "failed", "nonce"}:
         raise Reject(f"{short(peer)} brought no claim")
     brought = Brought(
         unseal(streams.field(content, "claim", bytes), Claim),
         streams.field(content, "reduces", bool),
         streams.field(content, "rates", dict),
         streams.field(content, "failed", tuple),
+        streams.field(content, "nonce", bytes),
     )
+    if len(brought.nonce) != NONCE_BYTES:
+        raise Reject(f"{short(peer)} brought a nonce of {len(brought.nonce)} bytes")
     if not all(type(rate) is int and 0 < rate <= MAX_RATE for rate in brought.rates.values()):
         raise Reject(f"{short(peer)} brought impossible rates")
     if not all(isinstance(name, str) for name in brought.failed):

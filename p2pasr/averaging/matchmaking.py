@@ -256,7 +256,7 @@ def _bounded_servicer(
                     while True:
                         data = await stream.receive_frame(MAX_GROUP_BYTES, timeout=3600.0)
                         message = averaging_pb2.MessageFromLeader.FromString(data)
-                        _check_message(message, host.peer, admit)
+                        _check_message(message, host.peer, request.gather, admit)
                         code = averaging_pb2.MessageCode.Name(message.code)
                         if code in _WHY_NOT:
                             why[self._peer] = _WHY_NOT[code]
@@ -278,8 +278,13 @@ def _bounded_servicer(
     return Servicer
 
 
-def _check_message(message: averaging_pb2.MessageFromLeader, ours: str, admit: Callable[[str, bytes], object]) -> None:
+def _check_message(
+    message: averaging_pb2.MessageFromLeader, ours: str, gather: bytes, admit: Callable[[str, bytes], object]
+) -> None:
     """Is this something that a leader may say?
+
+    Args:
+        gather: what this peer brings along.
 
     Raises:
         Ignore, Reject: no: a word that there is not, or a group that this peer cannot average with.
@@ -293,6 +298,8 @@ def _check_message(message: averaging_pb2.MessageFromLeader, ours: str, admit: C
         raise Reject("its group is malformed")
     if len(message.group_id) != GROUP_ID_BYTES:
         raise Reject(f"its group has a name of {len(message.group_id)} bytes")
+    if message.gathered[peers.index(ours)] != gather:
+        raise Reject("its group holds something else than this peer brings along")
     for peer, gathered in zip(peers, message.gathered, strict=True):
         admit(peer, gathered)
 

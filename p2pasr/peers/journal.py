@@ -1,8 +1,8 @@
 """What a peer must not forget when it is killed: which state it holds and what it has claimed.
 
-Two invariants rest on it. A claim is written down before it is published, so a restarted peer never
-publishes a different one for the same round. The head moves only when a round is committed, so what
-a kill can cost is the round in progress.
+Two invariants rest on it. A claim is written down before it is published, so a peer that is started
+again, or comes back to a state after a fork, never publishes a different one for the same round and
+state. The head moves only when a round is committed, so what a kill can cost is the round in progress.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from p2pasr.errors import LocalError
 from p2pasr.peers.blobs import disk_errors, sync
@@ -22,10 +22,13 @@ from p2pasr.protocol.messages import MAX_INVITE_BYTES, NO_TICKET, Ticket
 
 T = TypeVar("T")
 
+MAX_CLAIMS: Final = 16
+"""How many of its claims a peer remembers, so that it makes none of them a second time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A published claim whose round is not over.
+    """A published claim.
 
     Attributes:
         round, state: what it was made for.
@@ -91,21 +94,21 @@ class Journal:
         self._write("states.json", {str(number): digest.hex() for number, digest in sorted(held.items())})
 
     def pending(self) -> Pending | None:
-        """The claim of the round in progress."""
-        return _read(self.folder / "pending.json", _parse_pending)
+        """The latest claim."""
+        return next(reversed(self.claims()), None)
+
+    def claimed(self, round_number: int, state: bytes) -> Pending | None:
+        """The claim that was made in a round from a state, also where others were made since."""
+        return next((each for each in self.claims() if (each.round, each.state) == (round_number, state)), None)
+
+    def claims(self) -> tuple[Pending, ...]:
+        """The last claims, in the order in which they were made."""
+        return _read(self.folder / "claims.json", _parse_claims) or ()
 
     def pend(self, pending: Pending) -> None:
         """Write down a claim before it is published."""
-        self._write(
-            "pending.json",
-            {
-                "round": pending.round,
-                "state": pending.state.hex(),
-                "claim": pending.claim.hex(),
-                "delta": pending.delta.hex(),
-                "checkpoints": [digest.hex() for digest in pending.checkpoints],
-            },
-        )
+        kept = [*self.claims(), pending][-MAX_CLAIMS:]
+        self._write("claims.json", {"claims": [_pending_as_json(each) for each in kept]})
 
     def stated(self) -> bytes | None:
         """The packed statement about the last mix; a peer's vote in it is final."""
@@ -213,6 +216,20 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], T]) -> T | None:
 
 def _parse_held(content: dict[str, Any]) -> dict[int, bytes]:
     return {int(number): bytes.fromhex(state) for number, state in content.items()}
+
+
+def _pending_as_json(pending: Pending) -> dict[str, Any]:
+    return {
+        "round": pending.round,
+        "state": pending.state.hex(),
+        "claim": pending.claim.hex(),
+        "delta": pending.delta.hex(),
+        "checkpoints": [digest.hex() for digest in pending.checkpoints],
+    }
+
+
+def _parse_claims(content: dict[str, Any]) -> tuple[Pending, ...]:
+    return tuple(map(_parse_pending, content["claims"]))
 
 
 def _parse_pending(content: dict[str, Any]) -> Pending:

@@ -1,7 +1,11 @@
 """Two different statements that one peer signed about one thing: proof against it that anyone can check.
 
-A peer makes one claim a round, and a reducer signs one receipt a group. Whoever holds two needs
-nothing else to convince a third: no training, no other peer's word.
+A peer makes one claim in a round that starts from a state, and a reducer signs one receipt a group. Whoever
+holds two needs nothing else to convince a third: no training, no other peer's word.
+
+Where the swarm forks, honest peers follow the state that holds, and claim a round again from there. So statements
+about different states are no conflict, and neither are two attestations or two records of other kinds: what a peer
+holds or has found changes.
 """
 
 from __future__ import annotations
@@ -75,7 +79,7 @@ def contradict(first: Statement, second: Statement) -> bool:
     one, other = first.message, second.message
     if type(one) is not type(other) or one == other:
         return False
-    same_round = (one.run, one.peer, one.round) == (other.run, other.peer, other.round)
+    same_round = (one.run, one.peer, one.round, one.state) == (other.run, other.peer, other.round, other.state)
     if isinstance(one, Receipt) and isinstance(other, Receipt):
         return same_round and one.group == other.group
     return same_round

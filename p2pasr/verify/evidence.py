@@ -3,7 +3,7 @@
 ============  ===============================================  ===========================================
 kind          what it shows                                    how it is checked
 ============  ===============================================  ===========================================
-conflict      two claims in a round, or two receipts in a      by arithmetic
+conflict      two claims from one state, or two receipts in a  by arithmetic
               group, under one signature
 link          a delta that is not the one between the state    by arithmetic
               and the claim's own last checkpoint

@@ -47,6 +47,8 @@ def retain_traces(
 ) -> None:
     """Remember a finished round's trace and delete those whose audit window has closed.
 
+    What other claims of these rounds commit to stays too: after a fork their states may be those that hold.
+
     Args:
         claim: packed, so that its trace can still be opened after a restart.
         average: digest of what the round's deltas became.
@@ -60,6 +62,9 @@ def retain_traces(
         "average": average.hex(),
     }
     journal.keep_traces(traces)
-    store.retain("delta", {bytes.fromhex(trace["delta"]) for trace in traces.values()})
+    claims = [each for each in journal.claims() if each.round > round_number - rounds]
+    deltas = {bytes.fromhex(trace["delta"]) for trace in traces.values()}
+    opened = {bytes.fromhex(digest) for trace in traces.values() for digest in trace["checkpoints"]}
+    store.retain("delta", deltas.union(each.delta for each in claims))
     store.retain("average", {bytes.fromhex(trace["average"]) for trace in traces.values()})
-    store.retain("checkpoint", {bytes.fromhex(c) for trace in traces.values() for c in trace["checkpoints"]})
+    store.retain("checkpoint", opened.union(*(each.checkpoints for each in claims)))

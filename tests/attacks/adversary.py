@@ -329,6 +329,21 @@ def judges_alone(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(story, "struck", accused)
 
 
+# --- claims ------------------------------------------------------------------------------------------
+
+
+def two_claims(patch: pytest.MonkeyPatch) -> None:
+    """Shows another claim in the directory than it brings to its group."""
+    honest = story.publish_claim
+
+    def publish_claim(member: Any, work: Any) -> None:
+        made = work.claim.message
+        shown = seal(member.identity, dataclasses.replace(made, loss_after=made.loss_after + 1.0))
+        honest(member, dataclasses.replace(work, claim=shown))
+
+    patch.setattr(story, "publish_claim", publish_claim)
+
+
 # --- around the audit ----------------------------------------------------------------------------------
 
 
@@ -414,6 +429,7 @@ ATTACKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "slanderer": slanderer,
     "skipped-step": trains(one_step_less),
     "trusting": trusting,
+    "two-claims": two_claims,
     "withheld": withheld,
     "zero-delta": trains(nothing_at_all),
 }

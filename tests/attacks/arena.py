@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from p2pasr import round as story
-from p2pasr.agreeing import attestations
+from p2pasr.agreeing import attestations, claims_shown
 from p2pasr.averaging import rules, shares
 from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.group import Members
@@ -262,6 +262,9 @@ class Arena:
         for player in players:
             with player.turn():
                 player.work = story.commit(player.member, *player.trained)
+        for player in players:
+            with player.turn():
+                claims_shown(player.member)
         merged = self._reduce(players)
         peers = {player.peer for player in players}
         results = [story.apply(player.member, player.work, merged, peers) for player in players]

@@ -18,7 +18,7 @@ import pytest
 from p2pasr import accusing, auditing, excision, withholding
 from p2pasr import round as story
 from p2pasr.accusing import convict
-from p2pasr.agreeing import attestations
+from p2pasr.agreeing import attestations, claims_shown
 from p2pasr.averaging import rules
 from p2pasr.averaging.codec import Layout
 from p2pasr.averaging.rules import weights
@@ -363,6 +363,53 @@ def test_a_proof_of_which_any_byte_was_changed_convicts_nobody(arena: MakeArena)
         with pytest.raises(P2pasrError):
             verdict(swarm.manifest, TinyTask(), swarm.shards, changed)
     assert verdict(swarm.manifest, TinyTask(), swarm.shards, packed)
+
+
+def test_a_peer_that_shows_another_claim_than_it_brings_is_banned(arena: MakeArena) -> None:
+    swarm = arena({CHEAT: adversary.two_claims}, **OFF)
+    swarm.play(2)
+    assert swarm.banned == {CHEAT}
+    assert {proof.kind for proof in swarm.proofs()} == {"conflict"}
+    check_proofs(swarm, {CHEAT})
+
+
+def test_a_peer_that_replaces_its_claim_in_the_directory_is_banned(arena: MakeArena) -> None:
+    def replaced(patch: pytest.MonkeyPatch) -> None:
+        honest = story.publish_claim
+        adversary.two_claims(patch)
+        shown = story.publish_claim
+
+        def publish_claim(member: Any, work: Any) -> None:
+            shown(member, work)
+            for player in swarm.players[1:]:
+                claims_shown(player.member)
+            honest(member, work)
+
+        patch.setattr(story, "publish_claim", publish_claim)
+
+    swarm = arena({CHEAT: replaced}, **OFF)
+    swarm.play(2)
+    assert swarm.banned == {CHEAT}
+    check_proofs(swarm, {CHEAT})
+
+
+def test_a_peer_that_publishes_its_claim_again_after_a_restart_is_not_blamed(arena: MakeArena) -> None:
+    def restarted(patch: pytest.MonkeyPatch) -> None:
+        honest = story.commit
+
+        def commit(member: Any, *args: Any) -> Any:
+            work = honest(member, *args)
+            for player in swarm.players:
+                claims_shown(player.member)
+            assert story.resume(member) == work
+            return work
+
+        patch.setattr(story, "commit", commit)
+
+    swarm = arena({0: restarted, 2: restarted}, **OFF)
+    swarm.play(3)
+    assert swarm.banned == set()
+    assert swarm.proofs() == []
 
 
 def test_a_reducer_that_signs_two_results_is_banned(arena: MakeArena) -> None:

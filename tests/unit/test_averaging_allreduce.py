@@ -256,7 +256,8 @@ def test_centered_clip_starts_from_the_references_part_and_fills_buckets_by_lot(
 
 
 def gathered(claim: Signed[Claim], /, **changes: Any) -> bytes:
-    return pack({"claim": claim.pack(), "reduces": True, "rates": {}, "failed": (), **changes})
+    nothing: dict[str, Any] = {"rates": {}, "failed": (), "nonce": bytes(16)}
+    return pack({"claim": claim.pack(), "reduces": True, **nothing, **changes})
 
 
 def group_of(members: Members, reduces: tuple[bool, ...] | None = None) -> Group:
@@ -354,6 +355,9 @@ def test_what_a_stranger_brings_is_a_claim_of_its_own_or_refused() -> None:
         gathered(claim, rates={"someone": 1 << 41}),
         gathered(claim, failed="all"),
         gathered(claim, failed=(1,)),
+        gathered(claim, nonce=b""),
+        gathered(claim, nonce=bytes(17)),
+        gathered(claim, nonce="text"),
         gathered(claim, reduces=1),
         gathered(claim, reduces=None),
         gathered(claim, claim=None),
@@ -540,8 +544,8 @@ def test_a_part_that_is_too_long_is_refused_before_it_is_read(tmp_path: Path) ->
     in_a_swarm(tmp_path, story, 3, (0, 1))
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_one_member_that_committed_to_values_that_are_not_finite_does_not_spoil_the_round(
+@pytest.mark.parametrize("value", [np.nan, np.inf, np.finfo(np.float32).max, -1e10])
+def test_one_member_that_committed_to_values_that_nobody_can_reckon_with_does_not_spoil_the_round(
     tmp_path: Path, value: float
 ) -> None:
     # The hash is right; if the part were taken, decoding it would fail inside the reduction, for everybody.
@@ -559,6 +563,7 @@ def test_one_member_that_committed_to_values_that_are_not_finite_does_not_spoil_
         results = {b"".join(results) for results, _ in outcomes}
         assert len(results) == 1
         assert np.isfinite(LAYOUT.decode(results.pop())).all()
+        assert in_every_part(tuple(outcomes[0][1])) == (0, 1)
 
     in_a_swarm(tmp_path, story, 3, (0, 1))
 
@@ -572,7 +577,7 @@ def limited_swarm(swarm: Swarm, delta: Vector, segments: int) -> None:
     swarm.members = dataclasses.replace(swarm.members, claims=claims, limits=(6.0, 7.0, 7.5, 8.0))
 
 
-@pytest.mark.parametrize(("segments", "value", "limit"), [(2, 7.01, 7), (2, -7.01, 7), (1, 6.5, 6), (2, 3e38, 7)])
+@pytest.mark.parametrize(("segments", "value", "limit"), [(2, 7.01, 7), (2, -7.01, 7), (1, 6.5, 6), (2, 4e9, 7)])
 def test_a_sender_that_moved_a_value_further_than_training_can_is_dropped(
     tmp_path: Path, segments: int, value: float, limit: float
 ) -> None:
@@ -989,6 +994,12 @@ def test_a_group_told_in_two_ways_has_two_names() -> None:
     group = group_of(members)
     other = dataclasses.replace(group, peers=group.peers[:2], gathered=group.gathered[:2])
     assert group_id(group) != group_id(other)
+
+
+def test_what_a_peer_brings_a_second_time_gives_its_group_another_name() -> None:
+    claim = members_of(1).claims[0]
+    again = [Group(GROUP, (claim.message.peer,), (Brought(claim, True).pack(),)) for _ in range(2)]
+    assert len(set(map(group_id, again))) == 2
 
 
 def test_a_shunned_peer_is_not_averaged_with() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pasr.averaging.codec import Codec, Decoded, Flat, Layout, Vector
+from p2pasr.averaging.codec import CEILING, LARGEST, Codec, Decoded, Flat, Layout, Vector
 from p2pasr.errors import Reject
 from p2pasr.protocol.manifest import AveragingSection
 
@@ -45,7 +45,7 @@ def block_scales(codec: Codec, vector: Vector) -> Vector:
 
 
 @EACH
-@given(vector=vectors(1e30))
+@given(vector=vectors(LARGEST))
 def test_an_encoding_has_exactly_the_announced_length(codec: Codec, vector: Vector) -> None:
     assert len(codec.encode(vector)) == codec.encoded_bytes(len(vector))
 
@@ -61,7 +61,7 @@ def test_the_same_bytes_decode_to_the_same_bits(codec: Codec, vector: Vector) ->
     assert codec.encode(vector.copy()) == encoded
 
 
-@given(vectors(1e38))
+@given(vectors(LARGEST))
 def test_float32_loses_nothing(vector: Vector) -> None:
     codec = Codec("float32")
     assert codec.decode(codec.encode(vector), len(vector)).tobytes() == vector.tobytes()
@@ -84,7 +84,7 @@ def test_float16_stops_at_its_largest_value(value: float, expected: float) -> No
 
 
 @BLOCKWISE
-@given(vector=vectors(1e30))
+@given(vector=vectors(LARGEST))
 def test_a_value_is_off_by_half_a_step_of_its_block_at_most(codec: Codec, vector: Vector) -> None:
     decoded = codec.decode(codec.encode(vector), len(vector))
     scales = block_scales(codec, vector).astype(np.float64)
@@ -92,7 +92,7 @@ def test_a_value_is_off_by_half_a_step_of_its_block_at_most(codec: Codec, vector
 
 
 @BLOCKWISE
-@given(vector=vectors(1e30))
+@given(vector=vectors(LARGEST))
 def test_the_largest_value_of_a_block_and_every_sign_are_kept(codec: Codec, vector: Vector) -> None:
     decoded = codec.decode(codec.encode(vector), len(vector))
     assert (decoded * np.sign(vector) >= 0).all()
@@ -101,7 +101,7 @@ def test_the_largest_value_of_a_block_and_every_sign_are_kept(codec: Codec, vect
         assert np.abs(decoded[cut : cut + codec.block]).max() == pytest.approx(largest, rel=1e-6)
 
 
-@given(vectors(1e30))
+@given(vectors(LARGEST))
 def test_int8_is_the_scales_and_then_the_quotients(vector: Vector) -> None:
     codec = Codec("int8", 16)
     encoded = codec.encode(vector)
@@ -113,7 +113,7 @@ def test_int8_is_the_scales_and_then_the_quotients(vector: Vector) -> None:
     np.testing.assert_array_equal(scales, block_scales(codec, vector)[::16])
 
 
-@given(vectors(1e30))
+@given(vectors(LARGEST))
 def test_int4_is_the_scales_and_then_two_quotients_in_a_byte(vector: Vector) -> None:
     codec = Codec("int4", 16)
     encoded = codec.encode(vector)
@@ -132,7 +132,7 @@ def test_int4_is_the_scales_and_then_two_quotients_in_a_byte(vector: Vector) -> 
 
 
 @EACH
-@given(vector=vectors(1e30), factor=st.sampled_from([1.0, 1e-20, 1e-33, 1e-37]))
+@given(vector=vectors(LARGEST), factor=st.sampled_from([1.0, 1e-20, 1e-33, 1e-37]))
 def test_no_decoded_value_is_above_the_ceiling_of_those_encoded(codec: Codec, vector: Vector, factor: float) -> None:
     vector = vector * np.float32(factor)
     decoded = codec.decode(codec.encode(vector), len(vector))
@@ -151,6 +151,23 @@ def test_the_ceiling_allows_for_float16_doubling_the_smallest_numbers() -> None:
 @EACH
 def test_where_there_is_no_largest_value_the_ceiling_is_the_largest_there_is(codec: Codec) -> None:
     assert codec.ceiling(math.inf) == np.finfo(np.float32).max
+
+
+@EACH
+@pytest.mark.parametrize("value", [2 * LARGEST, np.finfo(np.float32).max])
+def test_no_value_is_encoded_as_a_larger_one_than_all_decode(codec: Codec, value: float) -> None:
+    vector = np.array([value, -value, 1.0], np.float32)
+    decoded = codec.decode(codec.encode(vector), 3)
+    largest = 65_504 if codec.name == "float16" else float(LARGEST)
+    np.testing.assert_allclose(decoded[:2], [largest, -largest], rtol=1e-6)
+
+
+@pytest.mark.parametrize("codec", [codec for codec in CODECS if codec.name != "float16"], ids=lambda c: c.name)
+def test_a_part_with_a_value_from_which_arithmetic_could_overflow_is_refused(codec: Codec) -> None:
+    number = np.array([1.01 * CEILING], "<f4").tobytes()
+    filled = number * 40 if codec.name == "float32" else number * -(-40 // codec.block) + b"\x7f" * 40
+    with pytest.raises(Reject, match=r"not finite or beyond ±8\.6e\+09"):
+        codec.decode(filled[: codec.encoded_bytes(40)], 40)
 
 
 @EACH

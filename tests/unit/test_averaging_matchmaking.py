@@ -237,12 +237,17 @@ def test_peers_that_expect_each_other_form_a_group(tmp_path: Path) -> None:
     on_a_market(tmp_path, story)
 
 
-def begin(peers: list[bytes], name: bytes = bytes(GROUP_ID_BYTES), count: int | None = None) -> Any:
+BROUGHT = b"brought along"
+
+
+def begin(
+    peers: list[bytes], name: bytes = bytes(GROUP_ID_BYTES), count: int | None = None, brought: bytes = BROUGHT
+) -> Any:
     return averaging_pb2.MessageFromLeader(
         code=averaging_pb2.BEGIN_ALLREDUCE,
         group_id=name,
         ordered_peer_ids=peers,
-        gathered=[b"brought along"] * (len(peers) if count is None else count),
+        gathered=[brought] * (len(peers) if count is None else count),
     )
 
 
@@ -257,6 +262,7 @@ LIES: dict[str, tuple[averaging_pb2.MessageFromLeader, str]] = {
     "too little brought along": (begin([ME, EVIL], count=1), "its group is malformed"),
     "a nameless group": (begin([ME, EVIL], b""), "its group has a name of 0 bytes"),
     "a long name": (begin([ME, EVIL], bytes(65)), "its group has a name of 65 bytes"),
+    "an earlier group": (begin([ME, EVIL], brought=b"brought before"), "something else than this peer brings along"),
     "strangers": (begin([ME, EVIL, STRANGER]), "not let in"),
     "no peer ID": (begin([ME, b"\xff"]), "is not the peer ID"),
 }
@@ -270,15 +276,15 @@ def admit_two(peer: str, _gathered: bytes) -> None:
 @pytest.mark.parametrize(("message", "reason"), LIES.values(), ids=LIES)
 def test_what_no_leader_may_say_is_refused(message: averaging_pb2.MessageFromLeader, reason: str) -> None:
     with pytest.raises(Reject, match=reason):
-        _check_message(message, WHO.peer, admit_two)
+        _check_message(message, WHO.peer, BROUGHT, admit_two)
 
 
 @pytest.mark.parametrize("message", [ACCEPTED, begin([ME, EVIL]), begin([EVIL, ME])])
 def test_what_a_leader_may_say_passes(message: averaging_pb2.MessageFromLeader) -> None:
-    _check_message(message, WHO.peer, admit_two)
+    _check_message(message, WHO.peer, BROUGHT, admit_two)
 
 
-@pytest.mark.parametrize("lie", ["a word that there is not", "a group without us", "strangers"])
+@pytest.mark.parametrize("lie", ["a word that there is not", "a group without us", "strangers", "an earlier group"])
 def test_a_leader_that_lies_is_told_and_does_not_end_the_search(tmp_path: Path, lie: str) -> None:
     message, reason = LIES[lie]
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pasr.averaging import rules
-from p2pasr.averaging.codec import Vector
+from p2pasr.averaging.codec import CEILING, Codec, CodecName, Vector
 from p2pasr.averaging.rules import (
     Center,
     aggregate,
@@ -230,6 +230,28 @@ def test_who_came_first_does_not_matter(kind: Any, parts: list[Vector], random: 
     arrived = {position: parts[position] for position in order}
     expected = aggregate(dict(enumerate(parts)), weighing, rule, START)
     assert aggregate(arrived, weighing, rule, START).tobytes() == expected.tobytes()
+
+
+CODECS: list[CodecName] = ["float32", "float16", "int8", "int4"]
+extreme = st.sampled_from([CEILING, -CEILING, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    signs=st.lists(st.lists(extreme, min_size=4, max_size=4), min_size=1, max_size=12),
+    name=st.sampled_from(CODECS),
+    weighing=st.lists(st.floats(0.1, 4), min_size=12, max_size=12),
+)
+def test_of_whatever_parts_can_be_decoded_there_is_a_result_and_it_can_be_decoded(
+    kind: Any, signs: list[list[float]], name: CodecName, weighing: list[float]
+) -> None:
+    parts = {position: np.array(values, np.float32) for position, values in enumerate(signs)}
+    reference = np.array([CEILING, -CEILING, CEILING, 0], np.float32)
+    rule = RuleSection(kind=kind, radius=1e6, iterations=100, bucket=1)
+    codec = Codec(name, 16)
+    with np.errstate(all="raise", under="ignore"):
+        result = aggregate(parts, weighing, rule, Center(reference, range(12)))
+        assert codec.decode(codec.encode(result), 4).shape == (4,)
 
 
 @pytest.mark.parametrize("kind", KINDS)

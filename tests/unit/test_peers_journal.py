@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from p2pasr.errors import LocalError
-from p2pasr.peers.journal import Journal, Pending
+from p2pasr.peers.journal import MAX_CLAIMS, Journal, Pending
 
 from .builders import digest_of, make_identity
 
@@ -62,6 +62,17 @@ def test_a_claim_that_was_written_down_is_found_again_until_the_next(journal: Jo
     other = Pending(4, digest_of("later"), b"", digest_of("delta"), ())
     journal.pend(other)
     assert reopened(journal).pending() == other
+
+
+def test_earlier_claims_are_found_by_round_and_state_until_there_are_too_many(journal: Journal) -> None:
+    claims = [Pending(n // 2, digest_of(f"line {n % 2}"), bytes([n]), digest_of("delta"), ()) for n in range(20)]
+    for claim in claims:
+        journal.pend(claim)
+    assert reopened(journal).claims() == tuple(claims[-MAX_CLAIMS:])
+    for claim in claims[-MAX_CLAIMS:]:
+        assert journal.claimed(claim.round, claim.state) == claim
+    assert journal.claimed(9, digest_of("another line")) is None
+    assert journal.claimed(0, claims[0].state) is None
 
 
 def test_traces_peers_and_records_are_found_again(journal: Journal) -> None:
@@ -115,7 +126,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 READERS: dict[str, Callable[[Journal], Any]] = {
     "states.json": Journal.held,
-    "pending.json": Journal.pending,
+    "claims.json": Journal.claims,
     "traces.json": Journal.traces,
     "peers.json": Journal.known_peers,
 }
@@ -144,10 +155,11 @@ def test_a_damaged_file_is_one_clear_sentence(journal: Journal, name: str, data:
         *((name, b"[1]") for name in READERS),
         ("states.json", b'{"x": "aa"}'),
         ("states.json", b'{"0": 7}'),
-        ("pending.json", b"{}"),
-        ("pending.json", b'{"round": 1, "state": "zz", "claim": "", "delta": "", "checkpoints": []}'),
-        ("pending.json", b'{"round": 1, "state": "", "claim": 7, "delta": "", "checkpoints": []}'),
-        ("pending.json", b'{"round": "x", "state": "", "claim": "", "delta": "", "checkpoints": []}'),
+        ("claims.json", b"{}"),
+        ("claims.json", b'{"claims": 7}'),
+        ("claims.json", b'{"claims": [{"round": 1, "state": "zz", "claim": "", "delta": "", "checkpoints": []}]}'),
+        ("claims.json", b'{"claims": [{"round": 1, "state": "", "claim": 7, "delta": "", "checkpoints": []}]}'),
+        ("claims.json", b'{"claims": [{"round": "x", "state": "", "claim": "", "delta": "", "checkpoints": []}]}'),
         ("traces.json", b'{"x": {"claim": "", "delta": "", "checkpoints": []}}'),
         ("traces.json", b'{"0": {"claim": "", "delta": "", "average": "", "checkpoints": ["zz"]}}'),
         ("traces.json", b'{"0": {"delta": "", "checkpoints": []}}'),

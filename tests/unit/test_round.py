@@ -20,7 +20,7 @@ from p2pasr.peers.records import Records
 from p2pasr.protocol.encoding import pack
 from p2pasr.protocol.tensors import Tensors
 from p2pasr.report import Report
-from p2pasr.round import average, commit
+from p2pasr.round import average, commit, resume
 from p2pasr.tasks import Bounded, Checkpoint
 from p2pasr.verify.trace import Trace
 
@@ -143,6 +143,21 @@ def test_a_value_that_moved_further_than_it_can_is_not_committed_to(make_member:
         trained(member, 1.02 * segments * 3 / 64, segments)
     assert member.journal.pending() is None
     assert member.link.announced == []
+
+
+def test_a_peer_that_comes_back_to_a_state_after_a_fork_publishes_the_claim_that_it_made_there(
+    make_member: MakeMember,
+) -> None:
+    member = make_member(Unbounded())
+    here = member.state
+    there = dataclasses.replace(here, credit={WHO.peer: 60.0})
+    first = trained(member, 0.5, 2)
+    member.state = there
+    assert resume(member) is None
+    second = trained(member, 0.25, 2)
+    assert resume(member) == second
+    member.state = here
+    assert resume(member) == first
 
 
 @pytest.mark.parametrize("task", [Steady(), Boundless(), Unbounded()], ids=lambda task: type(task).__name__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from p2pasr.errors import Reject
@@ -35,6 +37,18 @@ def test_what_an_honest_peer_signs_is_no_contradiction() -> None:
     assert not contradict(CLAIM, RECEIPT)
     other_group = make_receipt(EVE, STATE, (CLAIM,), {0: b"another"}, group=bytes(32))
     assert not contradict(RECEIPT, seal(EVE, other_group))
+
+
+def test_claiming_a_round_again_from_the_state_that_holds_is_honest() -> None:
+    after_the_fork = replace(STATE, credit={ANNE.peer: 60.0})
+    assert after_the_fork.round == STATE.round
+    assert after_the_fork.digest != STATE.digest
+    again = seal(EVE, make_claim(EVE, MANIFEST, after_the_fork))
+    assert not contradict(CLAIM, again)
+    assert not contradict(again, OTHER_CLAIM)
+    with pytest.raises(Reject, match="proves nothing"):
+        Conflict.unpack(pack({"first": CLAIM.pack(), "kind": "claim", "second": again.pack()}))
+    assert not contradict(RECEIPT, seal(EVE, make_receipt(EVE, after_the_fork, (CLAIM,), {0: b"another"})))
 
 
 def test_statements_that_agree_are_no_proof() -> None:

@@ -191,6 +191,29 @@ def test_a_sender_that_the_group_does_not_have_is_proof_against_the_reducer() ->
     assert "senders" in judged(pack_proof(proof))
 
 
+@pytest.mark.parametrize("codec", ["float32", "int8"])
+@pytest.mark.parametrize("kind", ["mean", "centered-clip"])
+def test_parts_whose_mean_overflows_are_a_reducers_fault_and_nobody_stumbles_over_them(codec: str, kind: str) -> None:
+    rule = {"kind": kind, "clip_norm": None, "bucket": 1}
+    manifest = make_manifest(averaging={"codec": codec, "rule": rule})
+    state, layout = make_state(manifest), Layout.of(manifest.parameters, manifest.averaging)
+    largest = np.finfo(np.float32).max if codec == "float32" else np.float32(2.67e36)
+    who, claims, parts = [make_identity(number) for number in range(1, 4)], [], {}
+    for position, each in enumerate(who):
+        sign = -1 if kind == "centered-clip" and position % 2 else 1
+        part = np.full(layout.part_bytes(0) // 4, sign * largest, "<f4").tobytes()
+        if codec == "int8":
+            blocks = -(-layout.part_size(0) // layout.codec.block)
+            part = part[: 4 * blocks] + b"\x7f" * layout.part_size(0)
+        digests = [blob_digest(part)] * layout.parts
+        tree = Tree("delta", state.run, state.round, each.peer)
+        claims.append(seal(each, make_claim(each, manifest, state, delta_root=tree.root(digests))))
+        parts[position] = part, tree.prove(digests, 0)
+    receipt = seal(who[0], make_receipt(who[0], state, claims, {0: b"whatever"}))
+    proof = ReductionProof(receipt, tuple(claims), state.blob, 0, parts)
+    assert "states a wrong result for part 0" in judged(pack_proof(proof), Judge(manifest))
+
+
 # --- what a trace may hide ------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from p2pasr.averaging.merkle import Tree
 from p2pasr.peers.blobs import BlobStore
-from p2pasr.peers.journal import Journal
+from p2pasr.peers.journal import Journal, Pending
 from p2pasr.protocol.encoding import blob_digest
 from p2pasr.verify.trace import Trace, retain_traces
 
@@ -73,6 +73,18 @@ def test_a_round_that_is_finished_again_replaces_its_trace(journal: Journal, sto
     assert journal.traces() == {3: {"claim": b"other".hex(), "delta": second.hex(), "checkpoints": [], "average": ""}}
     assert store.holds("delta") == [second]
     assert store.holds("checkpoint") == []
+
+
+def test_what_a_claim_on_another_line_commits_to_stays_as_long(journal: Journal, store: BlobStore) -> None:
+    delta, checkpoint = store.put("delta", b"before the fork"), store.put("checkpoint", b"likewise")
+    journal.pend(Pending(4, digest_of("the other line"), b"claim", delta, (checkpoint,)))
+    finish(journal, store, 4, 2)
+    finish(journal, store, 5, 2)
+    assert store.get(delta) == b"before the fork"
+    assert store.get(checkpoint) == b"likewise"
+    finish(journal, store, 6, 2)
+    assert delta not in store.holds("delta")
+    assert checkpoint not in store.holds("checkpoint")
 
 
 def test_other_kinds_of_blobs_are_left_alone(journal: Journal, store: BlobStore) -> None:
