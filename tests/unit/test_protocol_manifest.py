@@ -312,6 +312,7 @@ def test_every_value_of_a_manifest_enters_its_name() -> None:
             "hostile",
             "rate",
             "links",
+            "reductions",
             "close",
             "far",
             "newcomer_share",
