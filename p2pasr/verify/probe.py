@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Final, Literal
 
-import numpy as np
-
 from p2pasr.averaging.codec import Decoded, Layout
 from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.state import State
@@ -73,9 +71,6 @@ def measure(state: State, delta: bytes, manifest: RunManifest, loss: ProbeLoss) 
         Reject: it cannot be decoded.
     """
     decoded = Decoded(delta, Layout.of(manifest.parameters, manifest.averaging), state.params)
-    with np.errstate(over="ignore"):
-        after = {name: value + decoded[name] for name, value in state.params.items()}
+    after = {name: value + decoded[name] for name, value in state.params.items()}
     before = loss(state.params)
-    limit = before + manifest.data.probe_margin * max(before, LEAST_LOSS)
-    finite = all(np.isfinite(value).all() for value in after.values())
-    return Measured(before, loss(after) if finite else float("inf"), limit)
+    return Measured(before, loss(after), before + manifest.data.probe_margin * max(before, LEAST_LOSS))

@@ -67,7 +67,8 @@ class SlowNetwork:
 def arena(tmp_path: Path) -> Iterator[Arena]:
     """Five honest peers after two rounds."""
     with ExitStack() as opened:
-        swarm = opened.enter_context(Arena(Path(mkdtemp(dir=tmp_path)), 5, verify={"rate": 1.0, "parts": 3}))
+        verify = {"rate": 1.0, "auditors": 4, "parts": 3}
+        swarm = opened.enter_context(Arena(Path(mkdtemp(dir=tmp_path)), 5, verify=verify))
         swarm.play(2)
         yield swarm
 
@@ -81,7 +82,7 @@ def test_peers_that_give_nothing_take_half_of_a_round_and_nobody_else_is_called_
 ) -> None:
     eye = arena.players[4]
     network = SlowNetwork(eye, monkeypatch)
-    network.needs = {arena.players[SLOW].peer: 20.0, arena.players[SILENT].peer: FOREVER}
+    network.needs = {arena.players[SLOW].peer: FOREVER, arena.players[SILENT].peer: FOREVER}
     monkeypatch.setattr(auditing, "seconds_of", lambda _: 60.0)
     auditing.check_last_round(eye.member)
     assert network.now <= 60.0

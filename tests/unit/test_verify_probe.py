@@ -72,8 +72,8 @@ def test_a_delta_is_measured_as_others_decode_it_and_in_whole() -> None:
     assert measured.limit == pytest.approx(1.1)
 
 
-def test_a_sum_beyond_what_float32_holds_is_proof_and_not_given_to_the_task() -> None:
-    state = dataclasses.replace(STATE, params={n: np.full_like(v, 3e38) for n, v in STATE.params.items()})
+def test_the_largest_delta_that_can_be_decoded_leads_the_largest_parameters_to_no_infinity() -> None:
+    state = dataclasses.replace(STATE, params={n: np.full_like(v, 3.4028235e38) for n, v in STATE.params.items()})
     seen: list[Tensors] = []
 
     def loss(params: Tensors) -> float:
@@ -81,8 +81,8 @@ def test_a_sum_beyond_what_float32_holds_is_proof_and_not_given_to_the_task() ->
         return 1.0
 
     huge = b"".join(LAYOUT.encode(np.full(MANIFEST.parameters, 3e38, dtype=np.float32)))
-    assert measure(state, huge, MANIFEST, loss).is_proof
-    assert len(seen) == 1
+    measure(state, huge, MANIFEST, loss)
+    assert all(np.isfinite(value).all() for params in seen for value in params.values())
 
 
 def test_a_proof_convinces_whoever_reads_its_bytes() -> None:
