@@ -241,6 +241,8 @@ class Peer:
     def rounds(self) -> Iterator[int]:
         """Take part in rounds, yielding the number of each that was committed, until the run or our share ends.
 
+        Before it ends by itself it checks the last round, and stays a little for others who are behind or check its work.
+
         Raises:
             LocalError: something here must be mended by a person.
         """
@@ -267,13 +269,13 @@ class Peer:
                 done += 1
                 yield number
         check_not_banned(member)  # the last state may be the one that says so
+        check_the_end(member)
+        self._linger()
 
     def run(self) -> None:
-        """Take part until the run or our share of it ends, check the last round, and stay for those who are behind."""
+        """Take part until the run or our share of it ends."""
         for _ in self.rounds():
             pass
-        check_the_end(self.member)
-        self._linger()
         self.report.emit(
             "done",
             f"left the run at round {self.member.state.round} of {self.member.manifest.rounds.rounds}",
