@@ -241,7 +241,7 @@ class Peer:
     def rounds(self) -> Iterator[int]:
         """Take part in rounds, yielding the number of each that was committed, until the run or our share ends.
 
-        Before it ends by itself it checks the last round, and stays a little for others who are behind or check its work.
+        Before it ends by itself it checks the last round and stays a little for those who are behind or check its work.
 
         Raises:
             LocalError: something here must be mended by a person.
