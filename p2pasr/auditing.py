@@ -21,6 +21,7 @@ from p2pasr.errors import RemoteError, TransportError
 from p2pasr.peers.streams import patience
 from p2pasr.protocol.audits import Drawing, Duty
 from p2pasr.protocol.encoding import blob_digest
+from p2pasr.protocol.manifest import RunManifest
 from p2pasr.protocol.messages import MAX_FINDINGS, Audit, Claim, Commitment, Finding, Signed, commit_to, seal, unseal
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, parse_state
@@ -65,13 +66,14 @@ def offer(member: Member) -> None:
             records.add(member.store.put("record", kept, durable=False))
         record = _trained(kept)
         claim = unseal(packed, Claim)
+        drawing = drawing_of(member.manifest, record, member.state) if fresh and record is not None else None
         offers.append(
             {
                 "claim": packed,
                 "checkpoints": [bytes.fromhex(digest) for digest in trace["checkpoints"]],
                 "delta": bytes.fromhex(trace["delta"]),
-                "drawn": _drawn(member, record, claim) if fresh else None,
-                "link": drawing_of(member, record).link_checker(claim) if fresh and record is not None else None,
+                "drawn": _drawn(drawing, claim) if fresh else None,
+                "link": None if drawing is None else drawing.link_checker(claim),
                 "readers": _readers(member, record),
                 "record": None if kept is None else blob_digest(kept),
             }
@@ -105,17 +107,20 @@ def kept_traces(member: Member) -> dict[int, dict[str, Any]]:
     return traces
 
 
-def drawing_of(member: Member, record: RoundRecord) -> Drawing:
-    """Who checks what of the round that this peer's state came of."""
-    manifest = member.manifest
-    return Drawing(manifest.verify, record.after, record.members, member.state.strikes, manifest.clip_lengths)
+def drawing_of(manifest: RunManifest, record: RoundRecord, after: State) -> Drawing:
+    """Who checks what of a round.
+
+    Args:
+        after: the state that came of it.
+    """
+    return Drawing(manifest.verify, record.after, record.members, after.strikes, manifest.clip_lengths)
 
 
-def _drawn(member: Member, record: RoundRecord | None, claim: Signed[Claim]) -> dict[str, list[int]]:
+def _drawn(drawing: Drawing | None, claim: Signed[Claim]) -> dict[str, list[int]]:
     """Auditor → the segments of this peer's claim that were drawn for it."""
-    if record is None:
+    if drawing is None:
         return {}
-    return {auditor: [duty.item] for auditor, duty in drawing_of(member, record).auditors(claim).items()}
+    return {auditor: [duty.item] for auditor, duty in drawing.auditors(claim).items()}
 
 
 def check_last_round(member: Member) -> int:
@@ -127,7 +132,7 @@ def check_last_round(member: Member) -> int:
     if record is None or record.after != member.state.digest or member.checked == record.after:
         return 0
     member.checked = record.after
-    drawing = drawing_of(member, record)
+    drawing = drawing_of(member.manifest, record, member.state)
     private = member.manifest.data.policy == "private"
     segments = drawing.segments(member.peer)
     links = () if private else drawing.links(member.peer)

@@ -19,6 +19,7 @@ from p2pasr.auditing import (
     check_on_probe,
     check_opened,
     check_part_of,
+    drawing_of,
     excused,
     open_part,
     open_segment,
@@ -27,7 +28,7 @@ from p2pasr.auditing import (
     tell,
 )
 from p2pasr.errors import RemoteError, TransportError
-from p2pasr.protocol.audits import Drawing, Duty
+from p2pasr.protocol.audits import Duty
 from p2pasr.protocol.messages import Claim, Signed
 from p2pasr.protocol.signing import short
 from p2pasr.protocol.state import State, parse_state
@@ -130,10 +131,9 @@ def _drawn(
     if position is None or auditor not in [claim.message.peer for claim in record.members]:
         return
     claim = record.members[position]
-    manifest = member.manifest
-    drawing = Drawing(manifest.verify, record.after, record.members, after.strikes, manifest.clip_lengths)
+    drawing = drawing_of(member.manifest, record, after)
     duty = drawing.auditors(claim).get(auditor)
-    private = manifest.data.policy == "private"
+    private = member.manifest.data.policy == "private"
     if duty is None and not private and drawing.link_checker(claim) == auditor:
         duty = Duty(claim.message.peer, statement, claim.message.segments - 1)
     if duty is not None and (item == 0 if private else duty.item == item):

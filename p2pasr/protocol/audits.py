@@ -76,12 +76,8 @@ class Drawing:
         trained again: its auditor makes the comparison then, and the last checkpoint may be what it must not see before
         it commits to its own.
         """
-        others = [each.message.peer for each in self.claims if each.message.peer != claim.message.peer]
-        if not others or _fraction(self._draw("checked-link", claim.digest, "")) >= self.section.links:
-            return None
-        if self.auditors(claim):
-            return None
-        return min(others, key=lambda peer: self._draw("link-checker", claim.digest, peer))
+        checker = self._one_of_others(claim, self.section.links, "checked-link", "link-checker")
+        return None if checker is None or self.auditors(claim) else checker
 
     def links(self, checker: str) -> tuple[Signed[Claim], ...]:
         """The claims of which one of the round's members checks the last link; see :meth:`link_checker`."""
@@ -89,10 +85,7 @@ class Drawing:
 
     def part_checker(self, receipt: Signed[Receipt]) -> str | None:
         """Who reduces parts of a reducer's share again, if anybody: another member, drawn at the section's rate."""
-        others = [each.message.peer for each in self.claims if each.message.peer != receipt.message.peer]
-        if not others or _fraction(self._draw("checked-receipt", receipt.digest, "")) >= self.section.reductions:
-            return None
-        return min(others, key=lambda peer: self._draw("part-checker", receipt.digest, peer))
+        return self._one_of_others(receipt, self.section.reductions, "checked-receipt", "part-checker")
 
     def parts(self, receipts: Sequence[Signed[Receipt]], auditor: str) -> tuple[Duty, ...]:
         """The parts of the round that one of its members reduces again; see :meth:`part_checker`.
@@ -109,6 +102,19 @@ class Drawing:
             drawn = sorted(indices, key=places.__getitem__)[: self.section.parts]
             duties += [Duty(receipt.message.peer, receipt.digest, index) for index in drawn]
         return tuple(duties)
+
+    def _one_of_others(
+        self, statement: Signed[Claim] | Signed[Receipt], rate: float, whether: str, who: str
+    ) -> str | None:
+        """The one member, other than its author, that checks something of a statement; None if it is not drawn.
+
+        Args:
+            whether, who: kinds of the two draws.
+        """
+        others = [each.message.peer for each in self.claims if each.message.peer != statement.message.peer]
+        if not others or _fraction(self._draw(whether, statement.digest, "")) >= rate:
+            return None
+        return min(others, key=lambda peer: self._draw(who, statement.digest, peer))
 
     def _draw(self, kind: str, statement: bytes, rest: str) -> bytes:
         return digest(kind, self.after + statement + rest.encode())
